@@ -1,0 +1,27 @@
+"""GaLore for Optax: memory-efficient training in a low-rank subspace of the gradient."""
+
+from galore_jax.adafactor import galore_adafactor
+from galore_jax.alias import galore_adamw, galore_lion, galore_sgd
+from galore_jax.chaining import chain, install
+from galore_jax.leaf import last_two_axes
+from galore_jax.summary import summary
+from galore_jax.transform import GaLoreState, galore
+
+install()
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 (grouped by use)
+    # Transformations
+    "galore",
+    "GaLoreState",
+    "chain",
+    # Aliases
+    "galore_adamw",
+    "galore_adafactor",
+    "galore_lion",
+    "galore_sgd",
+    # Tools
+    "last_two_axes",
+    "summary",
+]

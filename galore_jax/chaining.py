@@ -1,0 +1,75 @@
+"""`optax.chain` that knows a bare `galore`, and `optax.MultiSteps` that does not hide it.
+
+These are the two places where Optax, unpatched, cannot let a projection do its work.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import optax
+
+from galore_jax.refresh import only_if
+from galore_jax.transform import _Mark
+
+_optax_chain = optax.chain
+
+
+@functools.wraps(_optax_chain)
+def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Chain transformations; after a bare `galore(...)`, run them inside the subspace.
+
+    `chain(a, galore(**kw), b, c)` is `optax.chain(a, galore(optax.chain(b, c), **kw))`.
+    Without a bare `galore` it is `optax.chain`, unchanged. Optax's own chain cannot do this:
+    each link's `init` sees full-size parameters, and nothing after the last link could lift
+    the update back. Importing `galore_jax` therefore installs this function as `optax.chain`.
+
+    Args:
+        *args: the transformations, in the order in which they meet the gradient.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+        ValueError: where nothing follows a bare `galore`, or a second one does.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, galore_jax
+        >>> tx = galore_jax.chain(galore_jax.galore(rank=2), optax.adamw(1e-3))
+        >>> state = tx.init({"kernel": jnp.ones((8, 16))})
+        >>> state[0].inner_state[0].mu["kernel"].shape
+        (2, 16)
+    """
+    for i, link in enumerate(args):
+        if not isinstance(link, _Mark):
+            continue
+        rest = args[i + 1 :]
+        if not rest:
+            raise ValueError(
+                "chain: nothing follows galore(...), so nothing would run in the subspace. Put "
+                "the optimizer after it: chain(galore(rank=128), optax.adamw(1e-3))"
+            )
+        if any(isinstance(r, _Mark) for r in rest):
+            raise ValueError("chain: two bare galore(...) links; the gradient is projected once")
+        # One link stays bare: the state is then the same as the wrapper's.
+        inner = rest[0] if len(rest) == 1 else _optax_chain(*rest)
+        return _optax_chain(*args[:i], link.around(inner))
+    return _optax_chain(*args)
+
+
+_multi_steps_update = optax.MultiSteps.update
+
+
+@functools.wraps(_multi_steps_update)
+def _update_telling_when_it_emits(self, updates, state, params=None, **extra_args):
+    # MultiSteps runs the wrapped update at every micro-step and drops all results but the
+    # last, so a refresh would decompose k times. Only it knows which micro-step is the last.
+    emitting = state.mini_step == self._every_k_schedule(state.gradient_step) - 1
+    with only_if(emitting):
+        return _multi_steps_update(self, updates, state, params, **extra_args)
+
+
+def install() -> None:
+    """Put `chain` and the telling update into Optax; doing it twice changes nothing."""
+    optax.chain = chain
+    optax.MultiSteps.update = _update_telling_when_it_emits

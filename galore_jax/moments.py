@@ -1,0 +1,212 @@
+"""What happens to the inner optimizer's moments when a projector changes.
+
+With `C = P_new^T P_old`, a first moment `mu` in the old basis reads `C mu` in the new one.
+For the second moment take the old coordinates as uncorrelated: with bias-corrected moments,
+`var = nu - mu^2` moves by the squared entries of C, so
+
+    nu <- | C^2 (nu - mu^2) + (C mu)^2 |
+
+which is LDAdam's rule. The paper keeps both as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.leaf import Leaf, Plan, owner, owners
+from galore_jax.projection import bases
+from galore_jax.refresh import Schedule
+
+POLICIES = ("keep", "reset", "rotate")
+_FIRST, _SECOND = ("mu", "trace"), "nu"
+
+# (tree of the inner state) -> (tree of the next inner state), at this step's gradient
+NextState = Callable[[Any], Any]
+
+
+class Decay(NamedTuple):
+    """Decay rates of a state's moments, found by differentiation (None: no such moment)."""
+
+    b1: jax.Array | None
+    b2: jax.Array | None
+
+
+def check(inner_state: Any, params: Any, plan: Plan, moments: str) -> None:
+    """Raise when the inner state holds low-rank arrays that no rule is known for."""
+    names = owners(params)
+    known = {id(x) for node in _nodes(inner_state) for x in jax.tree.leaves(_moment_trees(node))}
+    for path, x in jax.tree_util.tree_leaves_with_path(inner_state):
+        at = owner(path, names)
+        leaf = None if at is None else plan[at]
+        if isinstance(leaf, Leaf) and (
+            id(x) not in known or jnp.shape(x) != leaf.low_rank_shape
+        ):
+            raise ValueError(
+                f"moments='{moments}' knows states with fields mu, nu or trace of the gradient's "
+                f"shape; the inner optimizer keeps {jax.tree_util.keystr(path)} of shape "
+                f"{jnp.shape(x)} for leaf '{leaf.path}'. Use moments='keep' with it"
+            )
+
+
+def rotate(
+    inner_state: Any,
+    next_state: NextState,
+    leaves: Sequence[Leaf],
+    positions: Sequence[int],
+    treedef: Any,
+    old: Sequence[jax.Array],
+    new: Sequence[jax.Array],
+    when: Schedule,
+) -> Any:
+    """Re-express the moments of matrices that are due in their new bases."""
+
+    def turn_node(node, decay):
+        debias1, debias2 = (_debias(b, node) for b in decay)
+        fields = {k: treedef.flatten_up_to(v) for k, v in _moment_trees(node).items()}
+        for leaf, at, p, q, due in zip(leaves, positions, old, new, when.due, strict=True):
+            c = [
+                None if a is None else jnp.einsum("...kr,...ks->...rs", b, a)
+                for a, b in zip(bases(leaf, p), bases(leaf, q), strict=True)
+            ]
+            before = {k: v[at] for k, v in fields.items() if isinstance(v[at], jax.Array)}
+            wide = {k: v.astype(leaf.dtype) for k, v in before.items()}
+            after = {k: _change_basis(c, wide[k]) for k in _FIRST if k in wide}
+            if _SECOND in wide:
+                mean = wide["mu"] / debias1 if "mu" in wide else jnp.zeros_like(wide[_SECOND])
+                variance = wide[_SECOND] / debias2 - mean**2
+                squared = [None if x is None else x**2 for x in c]
+                moved = _change_basis(squared, variance) + _change_basis(c, mean) ** 2
+                after[_SECOND] = debias2 * jnp.abs(moved)
+            for k, x in after.items():
+                fields[k][at] = jnp.where(due[..., None, None], x.astype(before[k].dtype), before[k])
+        return node._replace(**{k: treedef.unflatten(v) for k, v in fields.items()})
+
+    def turned():
+        decays = _decay_rates(inner_state, next_state, treedef, positions)
+        return _map_nodes(lambda node: turn_node(node, next(decays)), inner_state)
+
+    return jax.lax.cond(when.any_due, turned, lambda: inner_state)
+
+
+def reset(
+    inner_state: Any, positions: Sequence[int], treedef: Any, when: Schedule
+) -> Any:
+    """Zero the moments of matrices that are due."""
+
+    def zero_node(node):
+        fields = {k: treedef.flatten_up_to(v) for k, v in _moment_trees(node).items()}
+        for at, due in zip(positions, when.due, strict=True):
+            for arrays in fields.values():
+                if isinstance(arrays[at], jax.Array):
+                    gone = (due & when.any_due)[..., None, None]
+                    arrays[at] = jnp.where(gone, 0, arrays[at]).astype(arrays[at].dtype)
+        return node._replace(**{k: treedef.unflatten(v) for k, v in fields.items()})
+
+    return _map_nodes(zero_node, inner_state)
+
+
+def reset_correction(
+    inner_state: Any,
+    next_state: NextState,
+    positions: Sequence[int],
+    treedef: Any,
+    when: Schedule,
+) -> list[jax.Array] | None:
+    """Factors that give updates from reset moments the bias correction of their own age.
+
+    The inner optimizer corrects by its step count t, but a matrix reset k steps ago holds
+    averages of k gradients. Adam's update is off by the factor
+    `(1 - b1^t) / (1 - b1^k) * sqrt((1 - b2^k) / (1 - b2^t))`: steps up to six times too large.
+
+    Returns:
+        One array of the leaf's batch shape per leaf, or None where nothing is corrected.
+    """
+    factors = None
+    decays = _decay_rates(inner_state, next_state, treedef, positions)
+    for node in _nodes(inner_state):
+        b1, b2 = next(decays)
+        if b1 is None or b2 is None or not hasattr(node, "count"):
+            continue
+        t = node.count + 1
+        ages = [jnp.minimum(age, t) for age in when.age]
+        ours = [
+            (1 - b1**t) / (1 - b1**k) * jnp.sqrt((1 - b2**k) / (1 - b2**t)) for k in ages
+        ]
+        factors = ours if factors is None else [a * b for a, b in zip(factors, ours, strict=True)]
+    return factors
+
+
+def _is_node(x: Any) -> bool:
+    return hasattr(x, "_fields") and any(f in x._fields for f in (*_FIRST, _SECOND))
+
+
+def _nodes(state: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(state, is_leaf=_is_node) if _is_node(x)]
+
+
+def _map_nodes(fn: Callable[[Any], Any], state: Any) -> Any:
+    return jax.tree.map(lambda x: fn(x) if _is_node(x) else x, state, is_leaf=_is_node)
+
+
+def _moment_trees(node: Any) -> dict[str, Any]:
+    return {k: getattr(node, k) for k in (*_FIRST, _SECOND) if k in node._fields}
+
+
+def _change_basis(c: Sequence[jax.Array | None], x: jax.Array) -> jax.Array:
+    c_in, c_out = c
+    if c_in is not None:
+        x = jnp.einsum("...sr,...rn->...sn", jnp.swapaxes(c_in, -1, -2), x)
+    if c_out is not None:
+        x = jnp.einsum("...mr,...rs->...ms", x, c_out)
+    return x
+
+
+def _decay_rates(
+    inner_state: Any, next_state: NextState, treedef: Any, positions: Sequence[int]
+) -> Iterator[Decay]:
+    """Decay rates of each state's moments: d mu_next / d mu, d nu_next / d nu.
+
+    The betas are closed over by the inner optimizer; shifting all moments by s and taking
+    the derivative in s reads them off, schedules and traced hyperparameters included.
+    """
+
+    def probe(s):
+        def shift(node):
+            moved = {
+                k: jax.tree.map(lambda x: x + s.astype(x.dtype), v)
+                for k, v in _moment_trees(node).items()
+            }
+            return node._replace(**moved)
+
+        out = []
+        for node in _nodes(next_state(_map_nodes(shift, inner_state))):
+            trees = _moment_trees(node)
+            first = next((trees[k] for k in _FIRST if k in trees), None)
+            out.append([_sample(x, treedef, positions) for x in (first, trees.get(_SECOND))])
+        return out
+
+    _, rates = jax.jvp(probe, (jnp.zeros([]),), (jnp.ones([]),))
+    return (Decay(b1, b2) for b1, b2 in rates)
+
+
+def _sample(tree: Any, treedef: Any, positions: Sequence[int]) -> jax.Array | None:
+    """One number of the first projected leaf that the tree holds."""
+    if tree is None:
+        return None
+    leaves = treedef.flatten_up_to(tree)
+    found = (leaves[at] for at in positions if not isinstance(leaves[at], optax.MaskedNode))
+    x = next((x for x in found if isinstance(x, jax.Array)), None)
+    return None if x is None else x.ravel()[0].astype(jnp.float32)
+
+
+def _debias(rate: jax.Array | None, node: Any) -> jax.Array | float:
+    """`1 - b^t` where the state counts its steps; guarded for the first step."""
+    if rate is None or not hasattr(node, "count"):
+        return 1.0
+    weight = 1 - rate**node.count
+    return jnp.where(weight > 0, weight, 1.0)

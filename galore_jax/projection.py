@@ -1,0 +1,49 @@
+"""Into the subspace and back: R = P^T G (or G P, or P^T G Q), and its transpose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.leaf import Leaf
+
+
+def default_projector(leaf: Leaf, dtype: Any) -> jax.Array:
+    """An orthonormal basis to start from: the first coordinate directions."""
+    rows = (leaf.m, leaf.n) if leaf.side == "both" else (leaf.projector_shape[-2],)
+    basis = jnp.concatenate([jnp.eye(k, leaf.rank, dtype=dtype) for k in rows])
+    return jnp.broadcast_to(basis, leaf.projector_shape)
+
+
+def bases(leaf: Leaf, p: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+    """The bases (P, Q) that a stored projector holds, None on a side left full."""
+    p = p.astype(leaf.dtype)
+    if leaf.side == "in":
+        return p, None
+    if leaf.side == "out":
+        return None, p
+    return p[..., : leaf.m, :], p[..., leaf.m :, :]
+
+
+def project(leaf: Leaf, p: jax.Array, g: jax.Array) -> jax.Array:
+    """Project a gradient of the leaf's shape, giving `leaf.low_rank_shape`."""
+    p_in, p_out = bases(leaf, p)
+    r = leaf.to_matrix(g).astype(leaf.dtype)
+    if p_in is not None:
+        r = jnp.einsum("...mr,...mn->...rn", p_in, r)
+    if p_out is not None:
+        r = jnp.einsum("...mn,...nr->...mr", r, p_out)
+    return r
+
+
+def lift(leaf: Leaf, p: jax.Array, r: jax.Array) -> jax.Array:
+    """Lift a low-rank update to the leaf's shape."""
+    p_in, p_out = bases(leaf, p)
+    u = r.astype(leaf.dtype)
+    if p_out is not None:
+        u = jnp.einsum("...mr,...nr->...mn", u, p_out)
+    if p_in is not None:
+        u = jnp.einsum("...mr,...rn->...mn", p_in, u)
+    return leaf.from_matrix(u)

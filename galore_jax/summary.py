@@ -1,0 +1,169 @@
+"""Where an optimizer's memory goes, leaf by leaf, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.leaf import Leaf, bare, owner, owners
+from galore_jax.transform import GaLoreState, Record, recording
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf of the parameters (or a total); sizes in bytes."""
+
+    path: str
+    shape: tuple[int, ...] | None
+    side: str  # projected side and rank, or why the leaf is not projected
+    rank: int | None
+    weights: int
+    projector: int
+    inner_state: int
+    without_galore: int  # state of the same inner optimizer on the full leaf
+
+    @property
+    def state(self) -> int:
+        return self.projector + self.inner_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `summary` found. Printing it gives the table."""
+
+    rows: tuple[Row, ...]
+    total: Row
+
+    def __str__(self) -> str:
+        head = ("leaf", "shape", "side", "rank", "weights", "projector", "inner state", "full")
+        lines = [head, *(_cells(r) for r in (*self.rows, self.total))]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = [
+            "  ".join(
+                c.ljust(w) if i < 3 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        rule = "-" * max(map(len, text))
+        share = self.total.state / max(1, self.total.without_galore)
+        note = (
+            f"optimizer state {_bytes(self.total.state)} = {share:.1%} of the "
+            f"{_bytes(self.total.without_galore)} that the same optimizer keeps without GaLore"
+        )
+        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1], note])
+
+    __repr__ = __str__
+
+
+def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
+    """Table of what `galore` projects and of the bytes it keeps.
+
+    By leaf and in total: shape, projected side (`in` for inputs, `out` for outputs) and rank,
+    or why the leaf is not projected; bytes of the weights, of the projector and of the inner
+    state; and `full`, the bytes that the same inner optimizer would keep without GaLore. It
+    computes shapes alone, so a 7B model can be summarised on a laptop.
+
+    Args:
+        tx: a transformation with `galore` in it: an alias, a chain, inside MultiSteps, ...
+        params: the parameters, or their shapes from `jax.eval_shape`.
+
+    Returns:
+        A `Summary`: print it, or read `rows` and `total` (bytes).
+
+    Raises:
+        ValueError: where `tx` holds no `galore`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, galore_jax
+        >>> params = jax.eval_shape(lambda: {"kernel": jnp.zeros((512, 2048)),
+        ...                                  "bias": jnp.zeros(2048)})
+        >>> print(galore_jax.summary(galore_jax.galore_adamw(1e-3, rank=128), params))
+        leaf     shape     side                  rank  weights  projector  inner state     full
+        ---------------------------------------------------------------------------------------
+        bias     2048      path matches exclude         8.0 KB        0 B      16.0 KB  16.0 KB
+        kernel   512x2048  in                     128   4.0 MB   256.0 KB       2.0 MB   8.0 MB
+        (other)            not per leaf                    0 B        0 B          8 B      4 B
+        ---------------------------------------------------------------------------------------
+        total                                           4.0 MB   256.0 KB       2.0 MB   8.0 MB
+        optimizer state 2.3 MB = 28.3% of the 8.0 MB that the same optimizer keeps without GaLore
+    """
+    with recording() as records:
+        state = jax.eval_shape(tx.init, params)
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_galore) if _is_galore(x)]
+    if not records or not found:
+        raise ValueError("summary: there is no galore in this transformation")
+    rows, other, other_full = [], 0, 0
+    for record, galore_state in zip(records, found, strict=True):
+        more, rest, rest_full = _rows(record, galore_state)
+        rows += more
+        other += rest
+        other_full += rest_full
+    rows.append(Row("(other)", None, "not per leaf", None, 0, 0, other, other_full))
+    fields = ("weights", "projector", "inner_state", "without_galore")
+    sums = {f: sum(getattr(r, f) for r in rows) for f in fields}
+    return Summary(tuple(rows), Row("total", None, "", None, **sums))
+
+
+def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
+    """Rows of one galore, and the bytes of its state that belong to no leaf."""
+    params, names = bare(record.params), owners(bare(record.params))
+    inner, rest = _state_bytes(state.inner_state, names)
+    full, rest_full = _state_bytes(jax.eval_shape(record.inner.init, params), names)
+    projector, _ = _state_bytes(state.projector, names)
+    rows = []
+    for i, (leaf, w) in enumerate(zip(record.plan, jax.tree.leaves(params), strict=True)):
+        projected = isinstance(leaf, Leaf)
+        rows.append(
+            Row(
+                path=leaf.path or "(params)",
+                shape=leaf.shape,
+                side=leaf.side if projected else leaf.reason,
+                rank=leaf.rank if projected else None,
+                weights=_nbytes(w),
+                projector=projector.get(i, 0),
+                inner_state=inner.get(i, 0),
+                without_galore=full.get(i, 0),
+            )
+        )
+    return rows, rest + _nbytes(state.count), rest_full
+
+
+def _state_bytes(state: Any, names: dict[tuple[str, ...], int]) -> tuple[dict[int, int], int]:
+    by_leaf: dict[int, int] = {}
+    rest = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        at = owner(path, names)
+        if at is None:
+            rest += _nbytes(x)
+        else:
+            by_leaf[at] = by_leaf.get(at, 0) + _nbytes(x)
+    return by_leaf, rest
+
+
+def _is_galore(x: Any) -> bool:
+    return isinstance(x, GaLoreState)
+
+
+def _nbytes(x: Any) -> int:
+    return math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    sizes = (row.weights, row.projector, row.inner_state, row.without_galore)
+    shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
+    rank = "" if row.rank is None else str(row.rank)
+    return (row.path, shape, row.side, rank, *map(_bytes, sizes))
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n < 1024 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,395 @@
+"""GaLore: project the gradient, run an optimizer in the subspace, lift its update.
+
+Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+https://arxiv.org/abs/2403.03507.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import numbers
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax import leaf as leaf_lib
+from galore_jax import moments as moments_lib
+from galore_jax.basis import METHODS
+from galore_jax.decay import decay_coefficients
+from galore_jax.leaf import DEFAULT_EXCLUDE, PROJ_TYPES, Leaf, Plan, Rank, bare
+from galore_jax.projection import default_projector, lift, project
+from galore_jax.refresh import refresh, schedule
+
+PROJECTOR_DTYPES = ("float32", "bfloat16")
+
+
+class GaLoreState(NamedTuple):
+    """State of `galore`: a struct of trees of plain arrays."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
+    projector: optax.Params  # bases, batch + (m, r) or (n, r); MaskedNode where unprojected
+    inner_state: optax.OptState  # of the inner optimizer, over low-rank arrays
+
+
+class GaLoreOptions(TypedDict, total=False):
+    """Keyword options shared by `galore` and its aliases; see `galore`."""
+
+    update_proj_gap: jax.typing.ArrayLike
+    scale: jax.typing.ArrayLike
+    proj_type: str
+    method: str
+    stagger: bool
+    moments: str
+    exclude: str | None
+    weight_dimension_numbers: Any
+    projector_dtype: Any
+
+
+class _Mark(optax.GradientTransformationExtraArgs):
+    """A `galore` without an inner optimizer: `galore_jax.chain` wraps what follows it."""
+
+    around: Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]
+
+
+class Record(NamedTuple):
+    """What an `init` of `galore` decided, for `summary`."""
+
+    plan: Plan
+    params: optax.Params
+    inner: optax.GradientTransformation
+
+
+_records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
+    "galore_jax_records", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Record]]:
+    """Collect the decisions of every `galore` that is initialised within."""
+    records: list[Record] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def galore(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    rank: Rank,
+    update_proj_gap: jax.typing.ArrayLike = 200,
+    scale: jax.typing.ArrayLike = 0.25,
+    proj_type: str = "std",
+    method: str = "eigh",
+    stagger: bool = False,
+    moments: str = "keep",
+    exclude: str | None = DEFAULT_EXCLUDE,
+    weight_dimension_numbers: Any = None,
+    projector_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Run an optimizer in a low-rank subspace of the gradient.
+
+    For a weight :math:`W` of shape (m, n), m inputs and n outputs as Flax stores kernels,
+    and :math:`m \le n`, each step computes
+
+    .. math::
+        R_t &= P_t^T G_t \quad (r \times n) \\
+        N_t &= \mathrm{inner}(R_t) \\
+        W_{t+1} &= W_t + \mathrm{scale} \cdot P_t N_t + c_t W_t
+
+    where :math:`P_t` (m, r) holds the leading left singular vectors of the gradient,
+    recomputed at steps 0, T, 2T, ... with T = `update_proj_gap`, and :math:`c_t` is the
+    inner optimizer's decoupled weight decay (:math:`-\eta\lambda` for AdamW), which acts on
+    the full weight and is not scaled. All state of the inner optimizer has the shape of
+    :math:`R_t`. Leaves that are not projected go through the inner optimizer as they are.
+
+    Use it as a wrapper, `galore(optax.adamw(1e-3), rank=128)`, or as a link,
+    `optax.chain(galore(rank=128), optax.adamw(1e-3))`: both give the same updates, see
+    `galore_jax.chain`. The inner optimizer computes in float32 (float64 for float64
+    parameters) whatever the parameters' dtype, so its moments are float32 unless it asks
+    for another dtype itself; updates come back in the parameters' dtype.
+
+    `proj_type` names sides as galore-torch does, whose weights are stored (out, in):
+
+    ============= ======================== =====================
+    proj_type     n_out >= n_in            n_out < n_in
+    ============= ======================== =====================
+    std           inputs: P (n_in, r)      outputs: P (n_out, r)
+    reverse_std   outputs                  inputs
+    right         inputs                   inputs
+    left          outputs                  outputs
+    full          both: moments are r x r  both
+    ============= ======================== =====================
+
+    Args:
+        inner: the optimizer to run in the subspace: any Optax transformation whose update is
+            affine in the parameters (adamw, lion, sgd with momentum, ...). Without it the
+            result is a mark for `galore_jax.chain`.
+        rank: r, as an int, as a share of the smaller side of the matrix in (0, 1), or as a
+            callable `(path, shape) -> int or share`. A matrix whose smaller side is not above
+            its rank is left alone.
+        update_proj_gap: T, the number of updates between two refreshes of a projector.
+        scale: factor on the lifted update (the paper's alpha), not on the decay.
+        proj_type: which side of the matrix is projected, see above.
+        method: how a projector is computed: `svd`, `eigh` (the same subspace from the smaller
+            Gram matrix), `randomized` (range finder), `subspace` (one block power iteration
+            from the last projector) or `random` (the gradient is not used).
+        stagger: after step 0, spread the refreshes of matrices, layers of a stacked leaf
+            included, over the T steps, so that no single step pays for all of them.
+        moments: what becomes of the inner state when a projector changes: `keep` (the
+            paper), `reset` to zero, or `rotate` into the new basis.
+        exclude: regular expression, searched in a leaf's path (`blocks/attn/q/kernel`); leaves
+            that match are not projected. The default keeps out embeddings, output heads,
+            normalisation scales and biases. None excludes nothing.
+        weight_dimension_numbers: which axes form the matrix: an object with `reduction_axis`
+            and `output_axis` (such as `optax.contrib.MuonDimensionNumbers`) for all leaves, a
+            tree (or prefix) of such objects and None, or a callable from parameters to one.
+            Axes not named are stacked matrices, each with its own projector. By default 2-D
+            leaves are matrices; `galore_jax.last_two_axes` is the rule for scanned models.
+        projector_dtype: dtype in which projectors are stored, float32 (default; float64 for
+            float64 parameters) or bfloat16.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` whose state is a `GaLoreState`. Extra
+        arguments of `update` reach the inner optimizer.
+
+    Raises:
+        TypeError: for a rank, an inner optimizer or dimension numbers of the wrong type.
+        ValueError: for an option out of range; at `init`, for dimension numbers that do not
+            fit the parameters, or an inner state that `moments` has no rule for; at `update`,
+            for an inner update that is not affine in the parameters, or a state made for
+            another rank.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, galore_jax
+        >>> params = {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}
+        >>> loss = lambda p: jnp.sum(jnp.square(p["kernel"])) + jnp.sum(jnp.square(p["bias"]))
+        >>> tx = galore_jax.galore(optax.adamw(0.1), rank=2, scale=1.0)
+        >>> state = tx.init(params)
+        >>> state.inner_state[0].mu["kernel"].shape
+        (2, 16)
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        ...     print(f"{loss(params):.1f}")
+        132.2
+        120.8
+        110.2
+
+    References:
+        Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
+        <https://arxiv.org/abs/2403.03507>`_, 2024
+    """
+    leaf_lib.check_rank(rank)
+    _check_gap(update_proj_gap)
+    _check_choice("proj_type", proj_type, PROJ_TYPES)
+    _check_choice("method", method, tuple(METHODS))
+    _check_choice("moments", moments, moments_lib.POLICIES)
+    stored_dtype = _projector_dtype(projector_dtype)
+
+    if inner is None:
+        mark = _Mark(_no_inner, _no_inner)
+        mark.around = functools.partial(
+            galore,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            proj_type=proj_type,
+            method=method,
+            stagger=stagger,
+            moments=moments,
+            exclude=exclude,
+            weight_dimension_numbers=weight_dimension_numbers,
+            projector_dtype=projector_dtype,
+        )
+        return mark
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            "galore's first argument is the inner optimizer, an optax.GradientTransformation, "
+            f"got {inner!r} (the rank goes by name: galore(rank=128))"
+        )
+    inner_tx = optax.with_extra_args_support(inner)
+
+    def make_plan(params) -> Plan:
+        return leaf_lib.plan(
+            params,
+            rank=rank,
+            proj_type=proj_type,
+            exclude=exclude,
+            weight_dimension_numbers=weight_dimension_numbers,
+        )
+
+    def init_fn(params):
+        params = bare(params)
+        plan = make_plan(params)
+        if (records := _records.get()) is not None:
+            records.append(Record(plan, params, inner))
+        else:
+            leaf_lib.warn_about(plan)
+        leaves, treedef = jax.tree.flatten(params)
+        projector, proxies = [], []
+        for leaf, x in zip(plan, leaves, strict=True):
+            if isinstance(leaf, Leaf):
+                projector.append(default_projector(leaf, stored_dtype or leaf.dtype))
+                proxies.append(jnp.zeros(leaf.low_rank_shape, leaf.dtype))
+            else:
+                projector.append(optax.MaskedNode())
+                proxies.append(_wide(x))
+        inner_state = inner_tx.init(treedef.unflatten(proxies))
+        if moments != "keep":
+            moments_lib.check(inner_state, params, plan, moments)
+        return GaLoreState(
+            jnp.zeros([], jnp.int32), treedef.unflatten(projector), inner_state
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        outer_treedef = jax.tree.structure(updates)
+        grads, treedef = jax.tree.flatten(bare(updates))
+        weights = None if params is None else treedef.flatten_up_to(bare(params))
+        plan = make_plan(bare(updates if params is None else params))
+        at = [i for i, leaf in enumerate(plan) if isinstance(leaf, Leaf)]
+        projected: list[Leaf] = [plan[i] for i in at]  # type: ignore[misc]
+        stored = treedef.flatten_up_to(state.projector)
+        _check_projectors(plan, stored)
+        old = [stored[i] for i in at]
+
+        # Project.
+        if projected:
+            when = schedule(projected, state.count, update_proj_gap, stagger)
+            gradients = [grads[i] for i in at]
+            new = refresh(projected, gradients, old, state.count, when, METHODS[method])
+            low = [project(*args) for args in zip(projected, new, gradients, strict=True)]
+        else:
+            when, new, low = None, [], []
+
+        # The inner optimizer, which meets zeros in the place of projected weights.
+        def mixed(low_rank, others):
+            out = [_wide(x) for x in others]
+            for i, x in zip(at, low_rank, strict=True):
+                out[i] = x
+            return treedef.unflatten(out)
+
+        low_grads = mixed(low, grads)
+
+        def inner_update(inner_state, low_params):
+            p = None if weights is None else mixed(low_params, weights)
+            return inner_tx.update(low_grads, inner_state, p, **extra_args)
+
+        zeros = [jnp.zeros_like(x) for x in low]
+        inner_state, correction = state.inner_state, None
+        if projected and moments != "keep":
+
+            def next_state(s):
+                return inner_update(s, zeros)[1]
+
+            if moments == "rotate":
+                inner_state = moments_lib.rotate(
+                    inner_state, next_state, projected, at, treedef, old, new, when
+                )
+            else:
+                inner_state = moments_lib.reset(inner_state, at, treedef, when)
+                correction = moments_lib.reset_correction(
+                    inner_state, next_state, at, treedef, when
+                )
+        inner_updates, new_inner_state = inner_update(inner_state, zeros)
+        out = treedef.flatten_up_to(inner_updates)
+
+        # Lift, and decay the full weight.
+        decay = None
+        if projected and weights is not None:
+
+            def update_of(low_params):
+                full = treedef.flatten_up_to(inner_update(inner_state, low_params)[0])
+                return [full[i] for i in at]
+
+            decay = decay_coefficients(update_of, [leaf.path for leaf in projected], zeros)
+        for k, (i, leaf) in enumerate(zip(at, projected, strict=True)):
+            factor = scale if correction is None else scale * _over(leaf, correction[k])
+            out[i] = lift(leaf, new[k], out[i]) * factor
+            if decay is not None and weights is not None:
+                out[i] += _over(leaf, decay[k]) * weights[i].astype(leaf.dtype)
+        like = grads if weights is None else weights
+        out = [u.astype(jnp.result_type(x)) for u, x in zip(out, like, strict=True)]
+
+        for i, p in zip(at, new, strict=True):
+            stored[i] = p
+        new_state = GaLoreState(
+            optax.safe_increment(state.count), treedef.unflatten(stored), new_inner_state
+        )
+        return outer_treedef.unflatten(out), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _no_inner(*args, **kwargs):
+    raise ValueError(
+        "a galore(...) without an inner optimizer reached a transformation that does not know "
+        "it. Write galore_jax.chain(galore(rank=...), optax.adamw(...)) (which importing "
+        "galore_jax also installs as optax.chain), or galore(optax.adamw(...), rank=...)"
+    )
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Float32 at least, for the arithmetic and the state of the inner optimizer."""
+    dtype = jnp.result_type(x)
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
+    return x
+
+
+def _over(leaf: Leaf, per_matrix: jax.Array) -> jax.Array:
+    """Lay one number per stacked matrix out against an array of the leaf's shape."""
+    shape = [1] * len(leaf.shape)
+    for axis in leaf.batch_axes:
+        shape[axis] = leaf.shape[axis]
+    return per_matrix.reshape(shape)
+
+
+def _check_projectors(plan: Plan, stored: list[Any]) -> None:
+    for leaf, p in zip(plan, stored, strict=True):
+        wanted = leaf.projector_shape if isinstance(leaf, Leaf) else None
+        found = None if isinstance(p, optax.MaskedNode) else jnp.shape(p)
+        if wanted != found:
+            rank = f" (rank {leaf.rank})" if isinstance(leaf, Leaf) else ""
+            raise ValueError(
+                f"galore's state does not fit leaf '{leaf.path}' of shape {leaf.shape}: its "
+                f"projector has shape {found}, expected {wanted}{rank}, None meaning not "
+                "projected. Was the state restored from a run with another rank, proj_type, "
+                "exclude or weight_dimension_numbers? Use the same, or start from tx.init(params)"
+            )
+
+
+def _check_gap(gap: Any) -> None:
+    if isinstance(gap, jax.Array):  # traced or injected: its value may be unknown
+        return
+    if not isinstance(gap, numbers.Integral) or isinstance(gap, bool):
+        raise TypeError(f"update_proj_gap must be an int >= 1, got {gap!r}")
+    if gap < 1:
+        raise ValueError(f"update_proj_gap must be an int >= 1, got {gap}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _projector_dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    try:
+        found = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        found = None
+    if found is None or found.name not in PROJECTOR_DTYPES:
+        raise ValueError(
+            f"projector_dtype must be None or one of {', '.join(PROJECTOR_DTYPES)}, got {dtype!r}"
+        )
+    return found
