@@ -64,9 +64,11 @@ def scale_by_factored_rms(
     def init_fn(params):
         def where(wanted, shape):
             return jax.tree.map(
-                lambda x: jnp.zeros(shape(x), x.dtype)
-                if is_factored(x) == wanted
-                else optax.MaskedNode(),
+                lambda x: (
+                    jnp.zeros(shape(x), x.dtype)
+                    if is_factored(x) == wanted
+                    else optax.MaskedNode()
+                ),
                 params,
             )
 

@@ -22,9 +22,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 # The paper projects attention and MLP matrices. Scales and biases of stacked layers are
 # 2-D, (layers, features), but no matrices.
-DEFAULT_EXCLUDE = (
-    r"(?i)embed|norm|(^|/)(bias|scale|wte|wpe|vocab|(lm_?)?head|logits?(_?dense)?|score|classifier)(/|$)"
-)
+DEFAULT_EXCLUDE = r"(?i)embed|norm|(^|/)(bias|scale|wte|wpe|vocab|(lm_?)?head|logits?(_?dense)?|score|classifier)(/|$)"
 
 # Below this many numbers a leaf that stays unprojected is not worth a warning.
 _LARGE = 2**16
@@ -72,18 +70,29 @@ class Leaf:
     def low_rank_shape(self) -> tuple[int, ...]:
         """Shape of the gradient in the subspace, and so of each moment."""
         r = self.rank
-        return (*self.batch, *{"in": (r, self.n), "out": (self.m, r), "both": (r, r)}[self.side])
+        return (
+            *self.batch,
+            *{"in": (r, self.n), "out": (self.m, r), "both": (r, r)}[self.side],
+        )
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.batch_axes + self.reduction_axes + self.output_axes
 
     def to_matrix(self, x: jax.Array) -> jax.Array:
         """View an array of the leaf's shape as `batch + (m, n)`."""
-        order = self.batch_axes + self.reduction_axes + self.output_axes
-        return x.transpose(order).reshape(*self.batch, self.m, self.n)
+        if self._order != tuple(range(len(self.shape))):
+            x = x.transpose(self._order)
+        shape = (*self.batch, self.m, self.n)
+        return x if x.shape == shape else x.reshape(shape)
 
     def from_matrix(self, x: jax.Array) -> jax.Array:
         """Undo `to_matrix`."""
-        order = self.batch_axes + self.reduction_axes + self.output_axes
-        x = x.reshape([self.shape[a] for a in order])
-        return x.transpose([order.index(a) for a in range(len(order))])
+        shape = tuple(self.shape[a] for a in self._order)
+        x = x if x.shape == shape else x.reshape(shape)
+        if self._order != tuple(range(len(self.shape))):
+            x = x.transpose([self._order.index(a) for a in range(len(shape))])
+        return x
 
     def matrix_at(self, x: jax.Array, index: jax.Array) -> jax.Array:
         """Take matrix number `index` (in the flattened batch) out of `x`, shape (m, n)."""
@@ -247,7 +256,9 @@ def check_rank(rank: Any, where: str = "") -> None:
         )
     good = callable(rank) or (
         not isinstance(rank, bool)
-        and ((isinstance(rank, int) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1))
+        and (
+            (isinstance(rank, int) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1)
+        )
     )
     if not good:
         error = ValueError if isinstance(rank, (int, float)) else TypeError

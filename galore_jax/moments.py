@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.leaf import Leaf, Plan, owner, owners
-from galore_jax.projection import bases
-from galore_jax.refresh import Schedule
+from galore_jax.projection import bases, contract
+from galore_jax.refresh import Schedule, per_leaf
 
 POLICIES = ("keep", "reset", "rotate")
 _FIRST, _SECOND = ("mu", "trace"), "nu"
@@ -39,7 +39,9 @@ class Decay(NamedTuple):
 def check(inner_state: Any, params: Any, plan: Plan, moments: str) -> None:
     """Raise when the inner state holds low-rank arrays that no rule is known for."""
     names = owners(params)
-    known = {id(x) for node in _nodes(inner_state) for x in jax.tree.leaves(_moment_trees(node))}
+    known = {
+        id(x) for node in _nodes(inner_state) for x in jax.tree.leaves(_moment_trees(node))
+    }
     for path, x in jax.tree_util.tree_leaves_with_path(inner_state):
         at = owner(path, names)
         leaf = None if at is None else plan[at]
@@ -64,13 +66,14 @@ def rotate(
     when: Schedule,
 ) -> Any:
     """Re-express the moments of matrices that are due in their new bases."""
+    dues = per_leaf(leaves, when.due)
 
     def turn_node(node, decay):
         debias1, debias2 = (_debias(b, node) for b in decay)
         fields = {k: treedef.flatten_up_to(v) for k, v in _moment_trees(node).items()}
-        for leaf, at, p, q, due in zip(leaves, positions, old, new, when.due, strict=True):
+        for leaf, at, p, q, due in zip(leaves, positions, old, new, dues, strict=True):
             c = [
-                None if a is None else jnp.einsum("...kr,...ks->...rs", b, a)
+                None if a is None else contract(b, -2, a, -2)
                 for a, b in zip(bases(leaf, p), bases(leaf, q), strict=True)
             ]
             before = {k: v[at] for k, v in fields.items() if isinstance(v[at], jax.Array)}
@@ -83,7 +86,9 @@ def rotate(
                 moved = _change_basis(squared, variance) + _change_basis(c, mean) ** 2
                 after[_SECOND] = debias2 * jnp.abs(moved)
             for k, x in after.items():
-                fields[k][at] = jnp.where(due[..., None, None], x.astype(before[k].dtype), before[k])
+                fields[k][at] = jnp.where(
+                    due[..., None, None], x.astype(before[k].dtype), before[k]
+                )
         return node._replace(**{k: treedef.unflatten(v) for k, v in fields.items()})
 
     def turned():
@@ -94,17 +99,22 @@ def rotate(
 
 
 def reset(
-    inner_state: Any, positions: Sequence[int], treedef: Any, when: Schedule
+    inner_state: Any,
+    leaves: Sequence[Leaf],
+    positions: Sequence[int],
+    treedef: Any,
+    when: Schedule,
 ) -> Any:
     """Zero the moments of matrices that are due."""
+    dues = per_leaf(leaves, when.due & when.any_due)
 
     def zero_node(node):
         fields = {k: treedef.flatten_up_to(v) for k, v in _moment_trees(node).items()}
-        for at, due in zip(positions, when.due, strict=True):
+        for at, due in zip(positions, dues, strict=True):
             for arrays in fields.values():
                 if isinstance(arrays[at], jax.Array):
-                    gone = (due & when.any_due)[..., None, None]
-                    arrays[at] = jnp.where(gone, 0, arrays[at]).astype(arrays[at].dtype)
+                    zeroed = jnp.where(due[..., None, None], 0, arrays[at])
+                    arrays[at] = zeroed.astype(arrays[at].dtype)
         return node._replace(**{k: treedef.unflatten(v) for k, v in fields.items()})
 
     return _map_nodes(zero_node, inner_state)
@@ -113,6 +123,7 @@ def reset(
 def reset_correction(
     inner_state: Any,
     next_state: NextState,
+    leaves: Sequence[Leaf],
     positions: Sequence[int],
     treedef: Any,
     when: Schedule,
@@ -133,12 +144,10 @@ def reset_correction(
         if b1 is None or b2 is None or not hasattr(node, "count"):
             continue
         t = node.count + 1
-        ages = [jnp.minimum(age, t) for age in when.age]
-        ours = [
-            (1 - b1**t) / (1 - b1**k) * jnp.sqrt((1 - b2**k) / (1 - b2**t)) for k in ages
-        ]
-        factors = ours if factors is None else [a * b for a, b in zip(factors, ours, strict=True)]
-    return factors
+        k = jnp.minimum(when.age, t)
+        ours = (1 - b1**t) / (1 - b1**k) * jnp.sqrt((1 - b2**k) / (1 - b2**t))
+        factors = ours if factors is None else factors * ours
+    return None if factors is None else per_leaf(leaves, factors)
 
 
 def _is_node(x: Any) -> bool:
@@ -158,11 +167,12 @@ def _moment_trees(node: Any) -> dict[str, Any]:
 
 
 def _change_basis(c: Sequence[jax.Array | None], x: jax.Array) -> jax.Array:
+    """`C_in x C_out^T`, where C takes coordinates in the old basis to the new one."""
     c_in, c_out = c
     if c_in is not None:
-        x = jnp.einsum("...sr,...rn->...sn", jnp.swapaxes(c_in, -1, -2), x)
+        x = contract(c_in, -1, x, -2)
     if c_out is not None:
-        x = jnp.einsum("...mr,...rs->...ms", x, c_out)
+        x = contract(x, -1, c_out, -1)
     return x
 
 

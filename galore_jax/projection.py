@@ -32,9 +32,9 @@ def project(leaf: Leaf, p: jax.Array, g: jax.Array) -> jax.Array:
     p_in, p_out = bases(leaf, p)
     r = leaf.to_matrix(g).astype(leaf.dtype)
     if p_in is not None:
-        r = jnp.einsum("...mr,...mn->...rn", p_in, r)
+        r = contract(p_in, -2, r, -2)
     if p_out is not None:
-        r = jnp.einsum("...mn,...nr->...mr", r, p_out)
+        r = contract(r, -1, p_out, -2)
     return r
 
 
@@ -43,7 +43,17 @@ def lift(leaf: Leaf, p: jax.Array, r: jax.Array) -> jax.Array:
     p_in, p_out = bases(leaf, p)
     u = r.astype(leaf.dtype)
     if p_out is not None:
-        u = jnp.einsum("...mr,...nr->...mn", u, p_out)
+        u = contract(u, -1, p_out, -1)
     if p_in is not None:
-        u = jnp.einsum("...mr,...rn->...mn", p_in, u)
+        u = contract(p_in, -1, u, -2)
     return leaf.from_matrix(u)
+
+
+def contract(a: jax.Array, axis_a: int, b: jax.Array, axis_b: int) -> jax.Array:
+    """Batched matrix product that sums over the given one of each operand's two last axes.
+
+    One `dot_general`: traced much faster than einsum, which tells with hundreds of leaves.
+    """
+    batch = tuple(range(a.ndim - 2))
+    dims = ((axis_a % a.ndim,), (axis_b % b.ndim,)), (batch, batch)
+    return jax.lax.dot_general(a, b, dims)

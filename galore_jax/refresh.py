@@ -1,24 +1,30 @@
 """When and how projectors are recomputed.
 
 One `lax.cond` around everything decides whether a step refreshes at all, so a plain step
-runs no decomposition, and leaves of one matrix shape share one loop, so the program holds
-each decomposition once however many layers there are.
+runs no decomposition. Matrices of one shape, layers of a stacked leaf or leaves of an
+unrolled model, share one loop, so the program holds each decomposition once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.basis import Method
+from galore_jax.basis import Method, align_signs
 from galore_jax.leaf import Leaf
+
+# Leaves of one shape share a loop by stacking their gradients, which is a copy. Up to this
+# size less code is worth it; a leaf of stacked layers is never copied.
+_STACK_BYTES = 2**28
 
 _emitting: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
     "galore_jax_emitting", default=None
@@ -36,17 +42,11 @@ def only_if(emitting: jax.Array):
 
 
 class Schedule(NamedTuple):
-    """Which matrices refresh at this step.
+    """Which of the K matrices, in the order of the leaves, refresh at this step."""
 
-    Fields:
-      due: one bool array of shape `leaf.batch` per leaf.
-      age: likewise int32, the number of steps since the last refresh, this step included.
-      any_due: bool scalar.
-    """
-
-    due: list[jax.Array]
-    age: list[jax.Array]
-    any_due: jax.Array
+    due: jax.Array  # shape=(K,), bool
+    age: jax.Array  # shape=(K,), int32: steps since the last refresh, this one included
+    any_due: jax.Array  # shape=(), bool
 
 
 def schedule(
@@ -56,23 +56,21 @@ def schedule(
 
     Step 0 refreshes every matrix in both cases: there is no projector to go on with.
     """
-    sizes = [int(np.prod(leaf.batch, dtype=np.int64)) for leaf in leaves]
-    total = sum(sizes)
-    index = jnp.arange(total, dtype=jnp.int32)
-    offset = index * update_proj_gap // total if stagger else jnp.zeros_like(index)
+    total = sum(_sizes(leaves))
+    offset = jnp.arange(total, dtype=jnp.int32) * update_proj_gap // total if stagger else 0
     phase = jnp.where(count < offset, count, (count - offset) % update_proj_gap)
     due = (phase == 0) & ((count >= offset) | (count == 0))
     any_due = jnp.any(due)
-    emitting = _emitting.get()
-    if emitting is not None:
+    if (emitting := _emitting.get()) is not None:
         any_due &= emitting
-    cuts = list(np.cumsum(sizes)[:-1])
+    age = phase.astype(jnp.int32) + 1
+    return Schedule(jnp.broadcast_to(due, total), jnp.broadcast_to(age, total), any_due)
 
-    def split(x):
-        pieces = jnp.split(x, cuts)
-        return [p.reshape(leaf.batch) for leaf, p in zip(leaves, pieces, strict=True)]
 
-    return Schedule(split(due), split((phase + 1).astype(jnp.int32)), any_due)
+def per_leaf(leaves: Sequence[Leaf], x: jax.Array) -> list[jax.Array]:
+    """Split an array over the K matrices into one of shape `leaf.batch` per leaf."""
+    pieces = jnp.split(x, _cuts(_sizes(leaves)))
+    return [piece.reshape(leaf.batch) for leaf, piece in zip(leaves, pieces, strict=True)]
 
 
 def refresh(
@@ -82,6 +80,7 @@ def refresh(
     count: jax.Array,
     when: Schedule,
     method: Method,
+    stagger: bool,
 ) -> list[jax.Array]:
     """Recompute the projectors that are due, from this step's gradients.
 
@@ -94,25 +93,31 @@ def refresh(
         count: int32 scalar, the step.
         when: from `schedule`.
         method: one of `basis.METHODS`.
+        stagger: whether some matrices may be due and others not.
 
     Returns:
         The projectors to use at this step.
     """
-    groups: dict[tuple, list[int]] = {}
+    numbers = np.split(np.arange(when.due.size), _cuts(_sizes(leaves)))
+    groups: dict[tuple, list[list[int]]] = {}
     for i, leaf in enumerate(leaves):
         kind = (leaf.m, leaf.n, leaf.side, leaf.rank, leaf.dtype, projectors[i].dtype)
-        groups.setdefault(kind, []).append(i)
+        chunks = groups.setdefault(kind, [[]])
+        if chunks[-1] and sum(grads[j].nbytes for j in [*chunks[-1], i]) > _STACK_BYTES:
+            chunks.append([])
+        chunks[-1].append(i)
 
     def recompute():
         new = list(projectors)
-        for members in groups.values():
-            renewed = _refresh_group(
+        for members in (chunk for chunks in groups.values() for chunk in chunks):
+            renewed = _refresh_together(
                 [leaves[i] for i in members],
                 [grads[i] for i in members],
                 [projectors[i] for i in members],
-                [when.due[i] for i in members],
+                when.due[np.concatenate([numbers[i] for i in members])],
                 count,
                 method,
+                stagger,
             )
             for i, p in zip(members, renewed, strict=True):
                 new[i] = p
@@ -121,54 +126,88 @@ def refresh(
     return jax.lax.cond(when.any_due, recompute, lambda: list(projectors))
 
 
-def _refresh_group(leaves, grads, projectors, due, count, method) -> list[jax.Array]:
-    """Refresh matrices of one shape in one loop that picks them out one at a time.
-
-    Stacking the gradients instead would copy them all; here one matrix is copied.
-    """
-    sizes = [d.size for d in due]
-    member = np.repeat(np.arange(len(leaves)), sizes)
-    index = np.concatenate([np.arange(s) for s in sizes])
-    # A name rather than a position, so that random bases survive a change of the tree.
-    name = np.array([zlib.crc32(leaf.path.encode()) for leaf in leaves], np.uint32)[member]
-
-    def pick(leaf, g, p):
-        def take(i):
-            basis = p.reshape(-1, *p.shape[-2:])[i]
-            return leaf.matrix_at(g, i).astype(leaf.dtype), basis
-
-        return take
-
-    takes = [pick(*args) for args in zip(leaves, grads, projectors, strict=True)]
+def _refresh_together(
+    leaves, grads, projectors, due, count, method, stagger
+) -> list[jax.Array]:
+    """Refresh matrices of one shape, one after the other in one loop."""
+    leaf, sizes = leaves[0], _sizes(leaves)
+    if len(leaves) == 1:
+        matrix = functools.partial(leaf.matrix_at, grads[0])
+    else:
+        flat = [
+            x.to_matrix(g).reshape(-1, x.m, x.n) for x, g in zip(leaves, grads, strict=True)
+        ]
+        matrix = functools.partial(
+            jax.lax.dynamic_index_in_dim, jnp.concatenate(flat), keepdims=False
+        )
 
     def one(slot):
-        g, old = jax.lax.switch(slot["member"], takes, slot["index"])
+        def key(side):
+            key = jax.random.key(slot["seed"])
+            for part in (count, slot["layer"], side):
+                key = jax.random.fold_in(key, part)
+            return key
 
         def decompose():
-            key = jax.random.fold_in(jax.random.key(slot["name"]), slot["index"])
-            new = _basis(leaves[0], g, old, jax.random.fold_in(key, count), method)
-            usable = jnp.all(jnp.isfinite(g)) & jnp.all(jnp.isfinite(new))
-            return jnp.where(usable, new, old)
+            g = matrix(slot["at"]).astype(leaf.dtype)
+            finite = jnp.all(jnp.isfinite(g))
+            # LAPACK may never return from a matrix with infinities or NaNs in it.
+            g = jnp.where(finite, g, 0)
+            new = _basis(leaf, g, slot["old"].astype(leaf.dtype), key, method)
+            usable = finite & jnp.all(jnp.isfinite(new))
+            return jnp.where(usable, new.astype(slot["old"].dtype), slot["old"])
 
-        return jax.lax.cond(slot["due"], decompose, lambda: old)
+        return (
+            jax.lax.cond(slot["due"], decompose, lambda: slot["old"])
+            if stagger
+            else decompose()
+        )
 
+    # A leaf's name rather than its position seeds a random basis, so that it stays the same
+    # when the tree around the leaf changes.
+    seeds = np.array([zlib.crc32(x.path.encode()) for x in leaves], np.uint32)
     slots = {
-        "member": jnp.asarray(member, jnp.int32),
-        "index": jnp.asarray(index, jnp.int32),
-        "name": jnp.asarray(name),
-        "due": jnp.concatenate([d.reshape(-1) for d in due]),
+        "at": np.arange(sum(sizes), dtype=np.int32),
+        "layer": np.concatenate([np.arange(s, dtype=np.int32) for s in sizes]),
+        "seed": np.repeat(seeds, sizes),
+        "old": jnp.concatenate([p.reshape(-1, *p.shape[-2:]) for p in projectors]),
+        "due": due,
     }
-    stacked = jax.lax.map(one, slots)
-    pieces = jnp.split(stacked, list(np.cumsum(sizes)[:-1]))
-    return [x.reshape(p.shape) for x, p in zip(pieces, projectors, strict=True)]
+    new = jax.lax.map(one, slots)
+    if len(leaves) == 1:
+        return [new.reshape(projectors[0].shape)]
+    # XLA's CPU compiler spends 10 ms on each distinct kernel and nothing on a repeated one.
+    # Slices at constant offsets are all distinct; offsets it cannot see through are not.
+    starts = [0, *_cuts(sizes)]
+    hidden = jax.lax.cond(
+        count >= 0,
+        lambda: [jnp.int32(s) for s in starts],
+        lambda: [jnp.int32(0) for _ in starts],
+    )
+    return [
+        jax.lax.dynamic_slice_in_dim(new, start, size).reshape(p.shape)
+        for start, size, p in zip(hidden, sizes, projectors, strict=True)
+    ]
 
 
-def _basis(leaf: Leaf, g: jax.Array, old: jax.Array, key: jax.Array, method: Method):
-    """New basis (or both, stacked) for one matrix (m, n), in the stored dtype."""
+def _basis(leaf: Leaf, g, old, key: Callable[[int], jax.Array], method: Method) -> jax.Array:
+    """New basis (or both, stacked) for one matrix (m, n)."""
     sides = []
-    wide = old.astype(leaf.dtype)
     if leaf.side in ("in", "both"):
-        sides.append(method(g, leaf.rank, wide[: leaf.m], jax.random.fold_in(key, 0)))
+        sides.append((0, g, old[: leaf.m]))
     if leaf.side in ("out", "both"):
-        sides.append(method(g.T, leaf.rank, wide[-leaf.n :], jax.random.fold_in(key, 1)))
-    return jnp.concatenate(sides).astype(old.dtype)
+        sides.append((1, g.T, old[-leaf.n :]))
+    return jnp.concatenate(
+        [
+            align_signs(method(a, leaf.rank, previous, functools.partial(key, i)), previous)
+            for i, a, previous in sides
+        ]
+    )
+
+
+def _sizes(leaves: Sequence[Leaf]) -> list[int]:
+    return [math.prod(leaf.batch) for leaf in leaves]
+
+
+def _cuts(sizes: Sequence[int]) -> list[int]:
+    return [int(c) for c in np.cumsum(sizes)[:-1]]

@@ -21,7 +21,7 @@ import optax
 from galore_jax import leaf as leaf_lib
 from galore_jax import moments as moments_lib
 from galore_jax.basis import METHODS
-from galore_jax.decay import decay_coefficients
+from galore_jax.decay import split_affine
 from galore_jax.leaf import DEFAULT_EXCLUDE, PROJ_TYPES, Leaf, Plan, Rank, bare
 from galore_jax.projection import default_projector, lift, project
 from galore_jax.refresh import refresh, schedule
@@ -246,9 +246,7 @@ def galore(
         inner_state = inner_tx.init(treedef.unflatten(proxies))
         if moments != "keep":
             moments_lib.check(inner_state, params, plan, moments)
-        return GaLoreState(
-            jnp.zeros([], jnp.int32), treedef.unflatten(projector), inner_state
-        )
+        return GaLoreState(jnp.zeros([], jnp.int32), treedef.unflatten(projector), inner_state)
 
     def update_fn(updates, state, params=None, **extra_args):
         outer_treedef = jax.tree.structure(updates)
@@ -265,7 +263,9 @@ def galore(
         if projected:
             when = schedule(projected, state.count, update_proj_gap, stagger)
             gradients = [grads[i] for i in at]
-            new = refresh(projected, gradients, old, state.count, when, METHODS[method])
+            new = refresh(
+                projected, gradients, old, state.count, when, METHODS[method], stagger
+            )
             low = [project(*args) for args in zip(projected, new, gradients, strict=True)]
         else:
             when, new, low = None, [], []
@@ -295,25 +295,26 @@ def galore(
                     inner_state, next_state, projected, at, treedef, old, new, when
                 )
             else:
-                inner_state = moments_lib.reset(inner_state, at, treedef, when)
+                inner_state = moments_lib.reset(inner_state, projected, at, treedef, when)
                 correction = moments_lib.reset_correction(
-                    inner_state, next_state, at, treedef, when
+                    inner_state, next_state, projected, at, treedef, when
                 )
-        inner_updates, new_inner_state = inner_update(inner_state, zeros)
-        out = treedef.flatten_up_to(inner_updates)
 
         # Lift, and decay the full weight.
-        decay = None
+        def at_params(low_params):
+            inner_updates, new_state = inner_update(inner_state, low_params)
+            full = treedef.flatten_up_to(inner_updates)
+            return [full[i] for i in at], (full, new_state)
+
         if projected and weights is not None:
-
-            def update_of(low_params):
-                full = treedef.flatten_up_to(inner_update(inner_state, low_params)[0])
-                return [full[i] for i in at]
-
-            decay = decay_coefficients(update_of, [leaf.path for leaf in projected], zeros)
+            paths = [leaf.path for leaf in projected]
+            directions, (out, new_inner_state), decay = split_affine(at_params, zeros, paths)
+        else:
+            directions, (out, new_inner_state) = at_params(zeros)
+            decay = None
         for k, (i, leaf) in enumerate(zip(at, projected, strict=True)):
-            factor = scale if correction is None else scale * _over(leaf, correction[k])
-            out[i] = lift(leaf, new[k], out[i]) * factor
+            factor = scale if correction is None else scale * correction[k][..., None, None]
+            out[i] = lift(leaf, new[k], factor * directions[k])
             if decay is not None and weights is not None:
                 out[i] += _over(leaf, decay[k]) * weights[i].astype(leaf.dtype)
         like = grads if weights is None else weights

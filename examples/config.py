@@ -1,0 +1,249 @@
+"""The command line of `examples.pretrain` as one frozen dataclass."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from examples import llama, optimizers
+from examples.errors import UserError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a run. Those without a default here come from the recipe of the model."""
+
+    model: Literal[tuple(llama.CONFIGS)]  # type: ignore[valid-type]
+    """Size of the LLaMA. All but `tiny` are the paper's and want an accelerator."""
+    optimizer: Literal[tuple(optimizers.OPTIMIZERS)]  # type: ignore[valid-type]
+    """Optimizer; the names without galore_ are the full-rank counterparts."""
+
+    # Data.
+    data: tuple[str, ...] = ()
+    """Files or folders of text, or one Hugging Face dataset (owner/name, owner/name:config,
+    or hf:PATH for one on disk). By default the source of the Python standard library."""
+    vocab_size: int
+    """Vocabulary the tokenizer is trained for, and of the model."""
+    seq_len: int
+    """Tokens a sequence is trained on."""
+    cache_dir: str | None = None
+    """Folder for trained tokenizers; by default galore_jax in the user's cache folder."""
+
+    # Schedule.
+    steps: int
+    """Optimizer steps. The schedule's warmup keeps its share of them."""
+    batch_size: int
+    """Sequences a step."""
+    accumulate: int
+    """Microbatches a step is computed in; must divide --batch-size."""
+    warmup: int
+    """Steps in which the learning rate rises; then it falls to 10 % along a cosine."""
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])]
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float
+    """Largest global norm of the gradient; 0 for no clipping."""
+
+    # GaLore.
+    rank: int
+    """Rank of the projected gradients."""
+    update_proj_gap: int
+    """Steps from one refresh of the projectors to the next."""
+    scale: float
+    """Multiplies the lifted updates."""
+    proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
+    """Which side of a matrix is projected."""
+    method: Literal["svd", "eigh", "randomized", "subspace", "random"] | None = None
+    """How a projector is computed; by default the library's choice."""
+    moments: Literal["keep", "reset", "rotate"] = "keep"
+    """What becomes of the moments at a refresh."""
+    stagger: bool = False
+    """Spread the refreshes over the steps between two of them."""
+    projector_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
+    """Number format the projectors are kept in."""
+
+    # Numbers.
+    seed: int = 0
+    """Of the weights, the order of the data and the sample."""
+    param_dtype: Dtype = "float32"
+    """Number format of the weights."""
+    dtype: Dtype = "float32"
+    """Number format of the activations."""
+    remat: bool = False
+    """Recompute each block's activations in the backward pass: less memory, more time."""
+
+    # The run.
+    run_dir: str
+    """Folder of the run; by default a new one under runs/."""
+    resume: str | None = None
+    """Folder of a run to continue, from its last checkpoint and with its settings."""
+    stop_at: int | None = None
+    """Stop after this step, with a checkpoint to resume from; the schedule stays."""
+    log_every: int = 10
+    """Steps between two looks at the loss."""
+    eval_every: int
+    """Steps between two validations."""
+    eval_batches: int = 16
+    """Batches, spread over the split, of a validation during training. The last validation
+    takes the whole split."""
+    save_every: int
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    prompt: str = "def "
+    """Beginning of the sample text."""
+    sample_tokens: int = 120
+    """Length of the sample text; 0 for none."""
+
+
+# What a resumed run may do differently: nothing that would change a step already planned.
+MAY_CHANGE = {
+    *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "save_every", "keep"),
+    *("prompt", "sample_tokens", "cache_dir", "run_dir"),
+}
+SMALLEST = {  # Of the numbers, where it is not 1.
+    **{"seq_len": 2, "warmup": 0, "clip": 0, "weight_decay": 0, "sample_tokens": 0},
+    **{"seed": 0, "learning_rate": 0, "scale": 0},
+}
+
+
+def flag(field: str) -> str:
+    """A field's name on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def from_recipe(
+    model: str = "tiny",
+    optimizer: str = "galore_adamw",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    **changes: Any,
+) -> Config:
+    """The recipe of a model, with what depends on the number of steps scaled to it.
+
+    Args:
+        model: a key of `llama.CONFIGS`.
+        optimizer: a key of `optimizers.OPTIMIZERS`; it sets the learning rate.
+        steps: optimizer steps, the recipe's by default.
+        batch_size: sequences a step, the recipe's by default.
+        **changes: any other field.
+    """
+    recipe = llama.RECIPES[model]
+    steps = recipe.steps if steps is None else steps
+    name = f"{model}-{optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
+    settings = {
+        "vocab_size": llama.CONFIGS[model].vocab_size,
+        "seq_len": recipe.seq_len,
+        "batch_size": recipe.batch_size if batch_size is None else batch_size,
+        "accumulate": recipe.accumulate if batch_size is None else 1,
+        "warmup": recipe.warmup * steps // recipe.steps,
+        "learning_rate": recipe.learning_rate * optimizers.learning_rate_factor(optimizer),
+        "clip": recipe.clip or 0.0,
+        "rank": recipe.rank,
+        "update_proj_gap": recipe.update_proj_gap,
+        "scale": recipe.scale,
+        "run_dir": str(pathlib.Path("runs") / name),
+        "eval_every": min(1000, -(-steps // 8)),
+        "save_every": min(1000, -(-steps // 4)),
+    }
+    return Config(model=model, optimizer=optimizer, steps=steps, **(settings | changes))
+
+
+def check(config: Config) -> None:
+    """Refuses settings that cannot work, each by its flag."""
+    for name, value in dataclasses.asdict(config).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not value >= SMALLEST.get(name, 1):
+            raise UserError(f"{flag(name)} is {value}: give at least {SMALLEST.get(name, 1)}.")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"--accumulate {config.accumulate} does not divide --batch-size"
+            f" {config.batch_size}. Change one of them."
+        )
+    if config.warmup >= config.steps:
+        raise UserError(
+            f"--warmup {config.warmup} leaves none of --steps {config.steps}. Give a smaller"
+            " --warmup."
+        )
+
+
+def galore_options(config: Config) -> dict:
+    """The settings `galore_jax.galore` takes."""
+    names = ["rank", "update_proj_gap", "scale", "proj_type", "moments", "stagger"]
+    names += [name for name in ("method", "projector_dtype") if getattr(config, name)]
+    return {name: getattr(config, name) for name in names}
+
+
+def save(config: Config, folder: pathlib.Path) -> None:
+    """Writes config.json."""
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def read(folder: pathlib.Path) -> Config:
+    """The config of a run's folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"--resume: {str(folder)!r} is not the folder of a run (no config.json there)."
+            " Give the folder a run printed when it began."
+        )
+    saved = json.loads(path.read_text())
+    return Config(**(saved | {"data": tuple(saved["data"])}))
+
+
+def defaults(args: Sequence[str]) -> Config:
+    """What the flags not given stand at: the run's to resume, or the model's recipe.
+
+    So `--help` shows them as they are: `--model 60m --help` prints the recipe of 60m.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--resume", "--model", "--optimizer", "--steps"):
+        first.add_argument(name, nargs="?")
+    first.add_argument("--batch-size", "--batch_size", nargs="?")
+    known, _ = first.parse_known_args(args)
+    if known.resume:
+        saved = read(pathlib.Path(known.resume))
+        return dataclasses.replace(saved, stop_at=None, run_dir=known.resume)
+
+    def number(text: str | None) -> int | None:
+        return int(text) if text and text.isdigit() else None
+
+    # What is no model, or no number, tyro explains when it reads the whole line.
+    return from_recipe(
+        known.model if known.model in llama.CONFIGS else "tiny",
+        known.optimizer if known.optimizer in optimizers.OPTIMIZERS else "galore_adamw",
+        number(known.steps),
+        number(known.batch_size),
+    )
+
+
+def parse(args: Sequence[str]) -> Config:
+    """The settings of a command line; with --resume, those of the run it names."""
+    default = defaults(args)
+    config = tyro.cli(
+        Config,
+        args=args,
+        default=default,
+        prog="python -m examples.pretrain",
+        description="Pre-trains a LLaMA with GaLore. Without flags: a tiny one, in minutes.",
+    )
+    if config.resume is not None:
+        config = dataclasses.replace(config, run_dir=config.resume)
+        for name in {f.name for f in dataclasses.fields(Config)} - MAY_CHANGE:
+            before, now = getattr(default, name), getattr(config, name)
+            if before != now:
+                raise UserError(
+                    f"{flag(name)}: the run to resume has {before!r}, not {now!r}. Leave"
+                    f" {flag(name)} out, or start a new run."
+                )
+    check(config)
+    return config

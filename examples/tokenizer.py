@@ -1,0 +1,97 @@
+"""A byte-level BPE, trained on the training documents and kept in the user's cache.
+
+Byte-level: any text encodes, and decodes back to itself. The cache key is a digest of the
+documents and of the vocabulary size, so another Python version, or an edited file, trains a
+new tokenizer instead of reading a stale one.
+"""
+
+import hashlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCAB = 257  # Every byte, and the end of text.
+
+
+def cache_root(folder: str | None = None) -> pathlib.Path:
+    """`folder`, or `galore_jax` under $XDG_CACHE_HOME, which defaults to ~/.cache."""
+    if folder:
+        return pathlib.Path(folder).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "galore_jax"
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def cache_key(documents: Iterable[str], vocab_size: int) -> str:
+    """Names what a tokenizer depends on: all documents, the size, the trainer's version."""
+    parts = [f"{tokenizers.__version__} {vocab_size}", *map(digest, documents)]
+    return digest("\n".join(parts))[:20]
+
+
+def train(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A new tokenizer of `vocab_size` ids, the end of text among them."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def cached(
+    documents: Sequence[str], vocab_size: int, root: pathlib.Path
+) -> tokenizers.Tokenizer:
+    """The tokenizer of these documents: read from `root`, or trained and left there."""
+    path = root / f"bpe-{cache_key(documents, vocab_size)}.json"
+    if not path.exists():
+        write_atomically(path, train(documents, vocab_size).to_str().encode())
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    # Not stored in the file: text is never read as a special token, so a document that spells
+    # out the end-of-text mark keeps those characters.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """So that two runs that start together never read each other's half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+
+
+def end_of_text(tokenizer: tokenizers.Tokenizer) -> int:
+    """The id between documents."""
+    return int(tokenizer.token_to_id(END_OF_TEXT) or 0)
+
+
+def encode(tokenizer: tokenizers.Tokenizer, document: str) -> list[int]:
+    """The document's ids, with the end of text last."""
+    ids = tokenizer.encode(document, add_special_tokens=False).ids
+    return [*ids, end_of_text(tokenizer)]
+
+
+def encode_all(tokenizer: tokenizers.Tokenizer, documents: Sequence[str]) -> np.ndarray:
+    """All documents, joined by the end of text, as one stream of ids (tokens,)."""
+    end = end_of_text(tokenizer)
+    parts = []
+    for first in range(0, len(documents), 256):  # Bounds the memory of the encodings.
+        batch = list(documents[first : first + 256])
+        encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        parts += [np.array([*item.ids, end], np.uint32) for item in encoded]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint32)

@@ -1,0 +1,282 @@
+"""The trainer end to end on a very small model: it learns, stops, resumes, names mistakes."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from examples import config as config_lib
+from examples import data as data_lib
+from examples import llama, optimizers, pretrain, runs, sampling, streaming, training
+from examples.errors import UserError
+
+SMALL = llama.LlamaConfig(300, 32, 48, heads=2, layers=2, kv_heads=1)
+FLAGS = [
+    *("--vocab-size", "300", "--seq-len", "16", "--batch-size", "4", "--rank", "4"),
+    *("--update-proj-gap", "5", "--lr", "0.03", "--log-every", "3", "--eval-batches", "2"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> pathlib.Path:
+    """A folder with some text, in which the model called tiny is a smaller one."""
+    monkeypatch.setitem(llama.CONFIGS, "tiny", SMALL)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    words = ["alpha", "beta", "gamma", "delta", "while", "return"]
+    for i in range(12):
+        order = np.random.default_rng(i).integers(0, len(words), 300)
+        (texts / f"{i}.txt").write_text(" ".join(words[j] for j in order))
+    return tmp_path
+
+
+def run(*args: str) -> int:
+    return pretrain.main(["--data", "texts", *FLAGS, *args])
+
+
+def metrics(name: str) -> list[dict]:
+    return runs.read_metrics(pathlib.Path(name))
+
+
+def checkpoint(name: str, step: int, config: config_lib.Config) -> dict:
+    """What the checkpoint of a step holds: state and position in the data."""
+    schedule = pretrain.learning_rate_schedule(config)
+    tx = pretrain.make_optimizer(config, schedule)
+    _, params = llama.create(pretrain.model_config(config), config.seed)
+    abstract = jax.eval_shape(lambda p: training.new_state(p, tx), params)
+    manager = runs.checkpoint_manager(pathlib.Path(name), keep=10)
+    assert manager.latest_step() == step
+    data = iter(
+        data_lib.load(config.data, vocab_size=300, seq_len=16, batch_size=4, seed=0).train
+    )
+    state = runs.restore(manager, pathlib.Path(name), abstract, data)
+    manager.close()
+    return {"state": state, "data": data.get_state()}
+
+
+# --- End to end ---
+
+
+def test_run_learns_and_leaves_a_folder(folder, capsys):
+    assert (
+        run("--steps", "60", "--run-dir", "one", "--prompt", "alpha", "--accumulate", "2") == 0
+    )
+    out = capsys.readouterr().out
+    assert "blocks/mlp/up/kernel" in out.replace(".", "/").replace("']['", "/")  # The summary.
+    assert "sample:\nalpha" in out
+    rows = metrics("one")
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert abs(rows[0]["loss"] - np.log(300)) < 0.5
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert rows[-1]["tokens"] == 60 * 4 * 16
+    assert rows[5]["learning_rate"] == pytest.approx(0.03 * 5 / 6)
+    assert rows[-1]["learning_rate"] < 0.0035
+    evaluated = [row["step"] for row in rows if "val_loss" in row]
+    assert evaluated == [*range(8, 60, 8), 60]
+    saved = json.loads(pathlib.Path("one/config.json").read_text())
+    assert saved["rank"] == 4 and saved["model"] == "tiny"
+    assert pathlib.Path("one/loss.png").read_bytes().startswith(b"\x89PNG")
+    steps = {path.name for path in pathlib.Path("one/checkpoints").iterdir()}
+    assert steps == {"45", "60"}
+
+
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
+def test_every_optimizer_takes_a_step_that_helps(folder, optimizer):
+    config = config_lib.from_recipe(
+        "tiny", optimizer, 30, 4, rank=4, update_proj_gap=10, seq_len=16, vocab_size=300
+    )
+    schedule = pretrain.learning_rate_schedule(config)
+    tx = pretrain.make_optimizer(config, schedule)
+    graph, params = llama.create(SMALL, seed=0)
+    step = training.make_train_step(graph, tx, schedule)
+    tokens = np.random.default_rng(0).integers(0, 300, (4, 17))
+    state, losses = training.new_state(params, tx), []
+    for _ in range(30):
+        state, figures = step(state, tokens)
+        losses.append(float(figures["loss"]))
+    assert losses[-1] < losses[0] - 0.2
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "data"),
+    [("galore_adamw", "texts"), ("galore_adafactor", "hf:texts"), ("adamw", "texts")],
+)
+def test_resumed_run_equals_the_uninterrupted_one(folder, monkeypatch, optimizer, data):
+    monkeypatch.setattr(streaming, "VALIDATION_DOCUMENTS", 3)
+    flags = ["--data", data, "--optimizer", optimizer, "--steps", "20", "--save-every", "100"]
+    assert run(*flags, "--run-dir", "whole") == 0
+    # Step 13 lies between the refreshes at 10 and 15, and between two logs.
+    assert run(*flags, "--run-dir", "parts", "--stop-at", "13") == 0
+    assert metrics("parts")[-1]["step"] == 13
+    assert pretrain.main(["--resume", "parts"]) == 0
+    assert pathlib.Path("whole/metrics.jsonl").read_text() == (
+        pathlib.Path("parts/metrics.jsonl").read_text()
+    )
+    config = config_lib.read(pathlib.Path("whole"))
+    whole, parts = checkpoint("whole", 20, config), checkpoint("parts", 20, config)
+    assert int(whole["state"]["step"]) == 20 and whole["data"] == parts["data"]
+    jax.tree.map(np.testing.assert_array_equal, whole["state"], parts["state"])
+
+
+def test_resume_takes_lost_steps_again(folder):
+    """A run that died after its last checkpoint: logged steps are dropped and repeated."""
+    flags = ["--steps", "14", "--save-every", "4"]
+    assert run(*flags, "--run-dir", "whole") == 0
+    assert run(*flags, "--run-dir", "died", "--stop-at", "8") == 0
+    lost = metrics("whole")[8:11]
+    with pathlib.Path("died/metrics.jsonl").open("a") as file:
+        file.write(
+            "".join(json.dumps(row | {"loss": 0.0}) + "\n" for row in lost) + '{"step": 1'
+        )
+    assert pretrain.main(["--resume", "died", "--sample-tokens", "0"]) == 0
+    assert metrics("died") == metrics("whole")
+    # Once more: there is nothing left to do, and nothing changes.
+    assert pretrain.main(["--resume", "died"]) == 0
+    assert metrics("died") == metrics("whole")
+
+
+# --- The step and the evaluation ---
+
+
+def test_accumulation_is_the_whole_batch():
+    config = dataclasses.replace(SMALL, init_scale=0.1)
+    tokens = np.random.default_rng(0).integers(0, 300, (8, 17))
+    results = []
+    for accumulate in (1, 4):
+        graph, params = llama.create(config, seed=0)
+        tx = optax.sgd(1.0)
+        step = training.make_train_step(graph, tx, optax.constant_schedule(1.0), accumulate)
+        results.append(step(training.new_state(params, tx), tokens))
+    (whole, figures), (parts, other) = results
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        whole["params"],
+        parts["params"],
+    )
+    assert figures["loss"] == pytest.approx(float(other["loss"]), rel=1e-6)
+    assert figures["grad_norm"] == pytest.approx(float(other["grad_norm"]), rel=1e-5)
+
+
+def test_accumulation_adds_bfloat16_gradients_in_float32():
+    """512 equal microbatches: in bfloat16 the sum would stop growing half way."""
+    config = dataclasses.replace(SMALL, param_dtype="bfloat16", init_scale=0.1, layers=1)
+    row = np.random.default_rng(0).integers(0, 300, (1, 5))
+    norms = []
+    for rows, accumulate in ((1, 1), (512, 512)):
+        graph, params = llama.create(config, seed=0)
+        tx = optax.sgd(0.1)
+        step = training.make_train_step(graph, tx, optax.constant_schedule(0.1), accumulate)
+        state, figures = step(training.new_state(params, tx), np.repeat(row, rows, axis=0))
+        norms.append(float(figures["grad_norm"]))
+        assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {
+            jnp.dtype("bfloat16")
+        }
+    # The plain norm is itself of bfloat16 gradients.
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("length", [30, 50, 100])
+def test_perplexity_is_weighted_by_tokens(length):
+    """Against numpy, sequence by sequence, with a last batch that is mostly not there."""
+    graph, params = llama.create(dataclasses.replace(SMALL, init_scale=0.3), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 300, length).astype(np.uint32)
+    total = 0.0
+    for start in range(0, length - 1, 16):
+        piece = tokens[start : start + 17].astype(np.int32)
+        scores = np.asarray(nnx.merge(graph, params)(piece[None, :-1])[0], np.float64)
+        logs = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+        total -= logs[np.arange(len(piece) - 1), piece[1:]].sum()
+    held_out = data_lib.validation_batches(tokens, 16, 3)
+    figures = training.evaluate(training.make_eval_step(graph), params, held_out)
+    assert figures["val_tokens"] == length - 1
+    assert figures["val_loss"] == pytest.approx(total / (length - 1), rel=1e-6)
+    assert figures["val_perplexity"] == pytest.approx(np.exp(total / (length - 1)), rel=1e-5)
+
+
+def test_state_is_donated():
+    graph, params = llama.create(SMALL, seed=0)
+    tx = optax.adam(1e-3)
+    step = training.make_train_step(graph, tx, optax.constant_schedule(1e-3))
+    state = training.new_state(params, tx)
+    step(state, np.zeros((2, 17), np.int32))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_sampling_follows_the_model():
+    """With next to no temperature: the likeliest token each time, in a window that moves."""
+    graph, params = llama.create(dataclasses.replace(SMALL, init_scale=0.3), seed=0)
+    ids = [5, 6, 7]
+    out = sampling.sample_ids(
+        graph, params, jnp.array(ids), jax.random.key(0), 1e-6, count=9, window=6
+    )
+    for _ in range(9):
+        scores = nnx.merge(graph, params)(jnp.array(ids[-6:])[None])[0, -1]
+        ids.append(int(jnp.argmax(scores)))
+    assert out.tolist() == ids
+
+
+# --- The command line ---
+
+
+def test_recipes_are_the_defaults():
+    config = config_lib.parse(["--model", "1b"])
+    assert (config.rank, config.steps, config.warmup) == (512, 100_000, 10_000)
+    assert (config.learning_rate, config.batch_size, config.accumulate) == (0.01, 512, 32)
+    config = config_lib.parse(["--model", "7b", "--steps", "300", "--optimizer", "adamw"])
+    assert (config.update_proj_gap, config.warmup, config.clip) == (500, 30, 1.0)
+    assert config.learning_rate == pytest.approx(0.005 / 4)
+    assert config_lib.parse(["--rank", "7", "--lr", "0.5"]).learning_rate == 0.5
+
+
+def test_mistakes_end_without_a_traceback(folder, capsys):
+    def message(*args: str, data: tuple[str, ...] = ("--data", "texts")) -> str:
+        try:
+            code = pretrain.main([*data, *FLAGS, *args])
+        except SystemExit as stop:  # How tyro ends.
+            code = stop.code
+        assert code == 2
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        return err
+
+    assert "--model" in (text := message("--model", "tinny")) and "60m" in text
+    assert "--optimizer" in message("--optimizer", "adam")
+    assert "--steps" in message("--steps", "many")
+    assert "--learning-rat" in message("--learning-rat", "3")
+    assert "missing.txt" in message(data=("--data", "missing.txt"))
+    pathlib.Path("short.txt").write_text("short")
+    assert "--seq-len" in message(data=("--data", "short.txt"))
+    assert "--accumulate 3" in message("--accumulate", "3")
+    assert "--warmup" in message("--steps", "5", "--warmup", "5")
+    assert "--rank is 0" in message("--rank", "0")
+    assert "--resume" in message("--resume", "nowhere", data=())
+    assert run("--steps", "2", "--run-dir", "there", "--sample-tokens", "0") == 0
+    assert "--run-dir" in message("--run-dir", "there")
+    flags = ("--resume", "there")
+    with pytest.raises(UserError, match="--rank: the run to resume has 4, not 8"):
+        config_lib.parse([*flags, "--rank", "8"])
+    for text in pathlib.Path("texts").iterdir():
+        text.write_text(text.read_text() + " zeta")
+    assert pretrain.main(flags) == 2 and "text has changed" in capsys.readouterr().err
+
+
+def test_resume_without_a_checkpoint(folder, capsys):
+    assert run("--steps", "2", "--run-dir", "there", "--sample-tokens", "0") == 0
+    capsys.readouterr()
+    pathlib.Path("there/checkpoints").rename("gone")
+    assert pretrain.main(["--resume", "there"]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(folder, capsys):
+    assert run("--steps", "9", "--lr", "1e30", "--optimizer", "sgd", "--clip", "0") == 2
+    assert "Lower --learning-rate" in capsys.readouterr().err
