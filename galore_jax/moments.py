@@ -141,7 +141,7 @@ def reset_correction(
     decays = _decay_rates(inner_state, next_state, treedef, positions)
     for node in _nodes(inner_state):
         b1, b2 = next(decays)
-        if b1 is None or b2 is None or not hasattr(node, "count"):
+        if b1 is None or b2 is None or "count" not in node._fields:
             continue
         t = node.count + 1
         k = jnp.minimum(when.age, t)
@@ -216,7 +216,7 @@ def _sample(tree: Any, treedef: Any, positions: Sequence[int]) -> jax.Array | No
 
 def _debias(rate: jax.Array | None, node: Any) -> jax.Array | float:
     """`1 - b^t` where the state counts its steps; guarded for the first step."""
-    if rate is None or not hasattr(node, "count"):
+    if rate is None or "count" not in node._fields:
         return 1.0
     weight = 1 - rate**node.count
     return jnp.where(weight > 0, weight, 1.0)

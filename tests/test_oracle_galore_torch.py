@@ -63,7 +63,7 @@ def run_theirs(optimizer_class, proj_type, projectors, **kwargs):
     step = 0
 
     class AlignedProjector(galore_torch.galore_projector.GaLoreProjector):
-        def get_orthogonal_matrix(self, matrix, rank, type):  # noqa: A002
+        def get_orthogonal_matrix(self, matrix, rank, type):
             found = super().get_orthogonal_matrix(matrix, rank, type)
             name = next(k for k, p in layers.items() if p.grad is matrix)
             p_in, p_out = bases(leaves[name], jnp.asarray(projectors[step][name]))

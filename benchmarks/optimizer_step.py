@@ -1,0 +1,190 @@
+"""One optimizer step of LLaMA-60M's blocks: ours beside AdamW, optax.contrib and galore-torch.
+
+    python -m benchmarks.optimizer_step
+
+Plain and refresh steps are timed in turns in one process, medians; gradients have singular
+values that fall as j^-0.7. The step applies the update, with buffers donated. Compile time is
+that of `update` (traced, lowered and compiled) for 32 unrolled layers.
+"""
+
+import argparse
+import os
+import time
+
+# Waiting OpenBLAS threads spin; on a shared machine they slow everybody's decompositions down.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import galore_jax
+from benchmarks import report
+from galore_jax.basis import METHODS
+
+D, FF, LAYERS, RANK = 512, 1376, 8, 128
+SHAPES = {
+    **dict.fromkeys(("q", "k", "v", "o"), (D, D)),
+    **dict.fromkeys(("gate", "up"), (D, FF)),
+    "down": (FF, D),
+}
+PACKAGES = ("jax", "jaxlib", "optax", "torch", "galore-torch", "numpy")
+OURS, CONTRIB = "galore_jax", "optax.contrib.galore"
+
+
+def decaying(rng, shape, power=0.7):
+    k = min(shape)
+    u = np.linalg.qr(rng.standard_normal((shape[0], k)))[0]
+    v = np.linalg.qr(rng.standard_normal((shape[1], k)))[0]
+    return ((u * np.arange(1, k + 1) ** -power) @ v.T).astype(np.float32)
+
+
+def layers(make, count=LAYERS):
+    return {str(i): {name: make(shape) for name, shape in SHAPES.items()} for i in range(count)}
+
+
+def optimizers():
+    options = dict(weight_decay=0.1, rank=RANK)
+    yield "optax.adamw", optax.adamw(1e-3, weight_decay=0.1)
+    yield CONTRIB, optax.contrib.galore(1e-3, **options)
+    yield OURS, galore_jax.galore_adamw(1e-3, **options)
+    for method in METHODS:
+        yield f"galore_jax {method}", galore_jax.galore_adamw(1e-3, **options, method=method)
+
+
+class JaxStep:
+    """A compiled, donated training step that keeps its state, at any count."""
+
+    def __init__(self, tx, grads, params):
+        def step(state, params):
+            updates, state = tx.update(grads, state, params)
+            return state, optax.apply_updates(params, updates)
+
+        self.params = jax.tree.map(jnp.array, params)
+        self.state = jax.jit(tx.init)(self.params)
+        self.fresh = jax.tree.map(np.asarray, self.state)
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+
+    def plain(self):
+        self.state, self.params = self.step(self.state, self.params)
+        return self.params
+
+    def refresh(self):
+        self.state = jax.tree.map(jnp.asarray, self.fresh)  # count 0 again
+        return self.plain()
+
+
+class TorchStep:
+    """galore-torch's AdamW on the same weights, stored (out, in)."""
+
+    def __init__(self, grads, params):
+        import galore_torch
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self.weights = []
+        for w, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True):
+            p = torch.nn.Parameter(torch.tensor(np.asarray(w).T.copy()))
+            p.grad = torch.tensor(np.asarray(g).T.copy())
+            self.weights.append(p)
+        group = dict(
+            params=self.weights, rank=RANK, update_proj_gap=200, scale=0.25, proj_type="std"
+        )
+        self.optimizer = galore_torch.GaLoreAdamW(
+            [group], lr=1e-3, weight_decay=0.1, no_deprecation_warning=True
+        )
+
+    def plain(self):
+        self.optimizer.step()
+
+    def refresh(self):
+        for p in self.weights:
+            if p in self.optimizer.state:
+                self.optimizer.state[p]["step"] = 0
+        self.optimizer.step()
+
+
+def compile_seconds(tx, repeats):
+    """Median seconds to trace, lower and compile `update` for 32 unrolled layers."""
+    params = layers(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), 32)
+    state = jax.eval_shape(tx.init, params)
+    times = []
+    for _ in range(repeats):
+        jax.clear_caches()
+        start = time.perf_counter()
+        jax.jit(tx.update).lower(params, state, params).compile()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def captured(grads):
+    """Energy in each method's subspace over svd's, the least over the matrices."""
+    least = {}
+    for method, function in METHODS.items():
+        shares = []
+        for g in jax.tree.leaves(grads["0"]):
+            a = g if g.shape[0] <= g.shape[1] else g.T
+            start = jnp.eye(a.shape[0], RANK)
+            p = function(a, RANK, start, lambda: jax.random.key(0))
+            best = jnp.sum(jnp.linalg.svd(a, compute_uv=False)[:RANK] ** 2)
+            shares.append(float(jnp.sum((p.T @ a) ** 2) / best))
+        least[method] = min(shares)
+    return least
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plain", type=int, default=21, help="timed plain steps of each")
+    parser.add_argument("--refreshes", type=int, default=3, help="timed refreshes of each")
+    parser.add_argument("--compiles", type=int, default=3, help="timed compilations of each")
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    params = layers(lambda s: jnp.asarray(0.02 * rng.standard_normal(s), jnp.float32))
+    grads = layers(lambda s: jnp.asarray(decaying(rng, s)))
+    steps = {name: JaxStep(tx, grads, params) for name, tx in optimizers()}
+    steps["galore-torch"] = TorchStep(grads, params)
+
+    refresh = report.in_turns({k: s.refresh for k, s in steps.items()}, args.refreshes)
+    main_steps = {k: s.plain for k, s in steps.items() if not k.startswith("galore_jax ")}
+    plain = report.in_turns(main_steps, args.plain, warmup=2)
+    compiling = {
+        name: compile_seconds(tx, args.compiles)
+        for name, tx in optimizers()
+        if not name.startswith("galore_jax ")
+    }
+    energy = captured(grads)
+
+    none = float("nan")
+    rows = [
+        [k, plain.get(k, none), refresh[k], compiling.get(k, none)]
+        + [energy.get(k.removeprefix("galore_jax "), none)]
+        for k in steps
+    ]
+    report.table(["optimizer", "plain s", "refresh s", "compile s", "energy / svd"], rows)
+    ratios = {
+        "plain / contrib": plain[OURS] / plain[CONTRIB],
+        "plain / adamw": plain[OURS] / plain["optax.adamw"],
+        "plain / galore-torch": plain[OURS] / plain["galore-torch"],
+        "refresh / contrib": refresh[OURS] / refresh[CONTRIB],
+        "refresh / galore-torch": refresh[OURS] / refresh["galore-torch"],
+        "compile / contrib": compiling[OURS] / compiling[CONTRIB],
+    }
+    report.table(["ours against", "ratio"], [[k, v] for k, v in ratios.items()])
+    report.write(
+        "optimizer_step",
+        {
+            "command": "python -m benchmarks.optimizer_step",
+            "plain_seconds": plain,
+            "refresh_seconds": refresh,
+            "compile_seconds_32_layers": compiling,
+            "captured_energy_over_svd": energy,
+            "ratios": ratios,
+        },
+        PACKAGES,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The update's part that is affine in the parameters, and optimizers that have another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_jax
+from galore_jax.decay import split_affine
+from tests.problems import grads_like, params_like, train
+
+SHAPES = {"a": (12, 24), "b": (24, 12)}
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.adamw(1e-2, weight_decay=0.3),
+        optax.lion(1e-2, weight_decay=0.3),
+        optax.adan(1e-2, weight_decay=0.3),
+        optax.nadamw(1e-2, weight_decay=0.3),
+        optax.novograd(1e-2, weight_decay=0.3),
+        optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.3), optax.scale(-1e-2)),
+        optax.inject_hyperparams(optax.adamw)(1e-2, weight_decay=0.3),
+        optax.apply_if_finite(optax.adamw(1e-2, weight_decay=0.3), 3),
+        optax.MultiSteps(optax.adamw(1e-2, weight_decay=0.3), 1).gradient_transformation(),
+    ],
+)
+@pytest.mark.parametrize("jit", [True, False])
+def test_decay_of_the_full_weight(inner, jit):
+    params = params_like(SHAPES)
+    tx = galore_jax.galore(inner, rank=4)
+    update = jax.jit(tx.update) if jit else tx.update
+    grads, state = grads_like(params, 0), tx.init(params)
+    at_w, _ = update(grads, state, params)
+    at_0, _ = update(grads, state, jax.tree.map(jnp.zeros_like, params))
+    for k in SHAPES:
+        np.testing.assert_allclose(at_w[k] - at_0[k], -3e-3 * params[k], rtol=1e-3, atol=1e-6)
+
+
+def test_scheduled_decay_and_learning_rate():
+    params = params_like(SHAPES)
+    schedule = optax.linear_schedule(1e-1, 0.0, 4)
+    tx = galore_jax.galore_adamw(schedule, weight_decay=0.5, rank=4)
+    state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    for step in range(4):
+        updates, state = tx.update(zeros, state, params)
+        np.testing.assert_allclose(updates["a"], -0.5 * schedule(step) * params["a"], rtol=1e-5)
+
+
+def test_without_decay_the_weights_are_not_read():
+    params = params_like(SHAPES)
+    tx = galore_jax.galore(optax.adam(1e-2), rank=4)
+    nans = jax.tree.map(lambda x: x * jnp.nan, params)
+    updates, _ = tx.update(grads_like(params, 0), tx.init(params), nans)
+    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.lamb(1e-2), optax.lars(1e-2), optax.adafactor(1e-2), optax.fromage(1e-2)]
+)
+def test_other_uses_of_params_are_refused(inner):
+    params = params_like(SHAPES)
+    tx = galore_jax.galore(inner, rank=4)
+    with pytest.raises(ValueError, match=r"not affine in params.*leaf 'a'.*galore_adafactor"):
+        jax.jit(tx.update)(grads_like(params, 0), tx.init(params), params)
+
+
+def test_the_alternative_that_the_message_names_works():
+    params = params_like(SHAPES)
+    tx = optax.chain(
+        galore_jax.galore(optax.scale_by_adam(), rank=4),
+        optax.scale_by_trust_ratio(),
+        optax.scale_by_learning_rate(1e-2),
+    )
+    trained, _ = train(tx, params, 3)
+    assert not np.allclose(trained["a"], params["a"])
+
+
+def test_split_of_a_function_written_out():
+    def update(w):
+        return [3.0 * w[0] + 1.0, jnp.full_like(w[1], 2.0)], "rest"
+
+    like = [jnp.zeros((2, 3, 4)), jnp.zeros((3, 4))]
+    with pytest.raises(TypeError):  # the rest has to be arrays
+        split_affine(update, like, ["a", "b"])
+    at_zero, rest, slopes = split_affine(lambda w: (update(w)[0], {"n": 5.0}), like, ["a", "b"])
+    np.testing.assert_allclose(at_zero[0], 1.0)
+    np.testing.assert_allclose(at_zero[1], 2.0)
+    np.testing.assert_allclose(slopes[0], [3.0, 3.0])
+    np.testing.assert_allclose(slopes[1], 0.0)
+    assert rest["n"] == 5.0

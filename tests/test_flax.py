@@ -1,0 +1,249 @@
+"""In Flax loops: Linen's TrainState, nnx.Optimizer, functional NNX, and orbax checkpoints."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp_v0
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import galore_jax
+from galore_jax import galore
+
+X = np.random.default_rng(0).standard_normal((16, 12)).astype(np.float32)
+Y = np.sin(X @ np.random.default_rng(1).standard_normal((12, 8))).astype(np.float32)
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(24, name="up")(x)
+        x = nn.scan(
+            LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )(name="blocks")(x, None)[0]
+        return nn.Dense(8, name="lm_head")(x)
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(24, name="mix")(nn.tanh(x)), None
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.mix = nnx.Linear(24, 24, rngs=rngs)
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(12, 24, rngs=rngs)
+        self.blocks = nnx.vmap(NNXBlock)(rngs.split(3))
+        self.lm_head = nnx.Linear(24, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.up(x)
+        x, _ = nnx.scan(
+            lambda x, block: (x + block.mix(nnx.tanh(x)), None),
+            in_axes=(nnx.Carry, 0),
+            out_axes=(nnx.Carry, 0),
+        )(x, self.blocks)
+        return self.lm_head(x)
+
+
+def line(**options):
+    """The line everyone writes."""
+    options = {
+        "rank": 4,
+        "update_proj_gap": 3,
+        "weight_dimension_numbers": galore_jax.last_two_axes,
+        **options,
+    }
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), galore(**options), optax.adamw(1e-2, weight_decay=0.1)
+    )
+
+
+def test_linen_train_state():
+    net = LinenNet()
+    params = net.init(jax.random.key(0), X)["params"]
+    state = TrainState.create(apply_fn=net.apply, params=params, tx=line())
+
+    @jax.jit
+    def step(state):
+        def loss(p):
+            return jnp.mean((state.apply_fn({"params": p}, X) - Y) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    losses = []
+    for _ in range(60):
+        state, value = step(state)
+        losses.append(float(value))
+    projector = state.opt_state[1].projector
+    assert projector["blocks"]["mix"]["kernel"].shape == (3, 24, 4)
+    assert projector["up"]["kernel"].shape == (12, 4)
+    assert isinstance(projector["lm_head"]["kernel"], optax.MaskedNode)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@nnx.jit
+def nnx_step(model, optimizer):
+    loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(X) - Y) ** 2))(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+def test_nnx_optimizer_equals_the_functional_loop(moments, proj_type):
+    tx = line(moments=moments, proj_type=proj_type)
+    model = NNXNet(nnx.Rngs(0))
+    graphdef, start = nnx.split(model, nnx.Param)
+    start = jax.tree.map(jnp.copy, start)  # the model's own variables change in place
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    losses = [float(nnx_step(model, optimizer)) for _ in range(8)]
+
+    # The state as a pytree of variables, as in Flax's guide to JAX transformations.
+    params, state = start, tx.init(start)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(
+            lambda p: jnp.mean((nnx.merge(graphdef, p)(X) - Y) ** 2)
+        )(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    functional = []
+    for _ in range(8):
+        params, state, loss = step(params, state)
+        functional.append(float(loss))
+    np.testing.assert_allclose(losses, functional, rtol=1e-4)
+    assert losses[-1] < losses[0]
+    trained = nnx.state(model, nnx.Param)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), trained, params)
+
+
+def test_nnx_optimizer_with_specs_given_as_a_dict():
+    model = NNXNet(nnx.Rngs(0))
+    spec = optax.contrib.MuonDimensionNumbers(-2, -1)
+    tree = {
+        "up": {"kernel": spec, "bias": None},
+        "blocks": {"mix": {"kernel": spec, "bias": None}},
+        "lm_head": None,
+    }
+    optimizer = nnx.Optimizer(model, line(weight_dimension_numbers=tree), wrt=nnx.Param)
+    first = float(nnx_step(model, optimizer))
+    for _ in range(20):
+        last = float(nnx_step(model, optimizer))
+    assert last < first
+
+
+def save_v0(path, tree):
+    with ocp_v0.CheckpointManager(path) as manager:
+        manager.save(0, args=ocp_v0.args.StandardSave(tree))
+
+
+def load_v0(path, target):
+    with ocp_v0.CheckpointManager(path) as manager:
+        return manager.restore(0, args=ocp_v0.args.StandardRestore(target))
+
+
+def save_v1(path, tree):
+    from orbax.checkpoint import v1
+
+    v1.save(path, tree)
+
+
+def load_v1(path, target):
+    from orbax.checkpoint import v1
+
+    return v1.load(path, target)
+
+
+def adafactor():
+    return galore_jax.galore_adafactor(
+        1e-2, rank=4, update_proj_gap=3, weight_dimension_numbers=galore_jax.last_two_axes
+    )
+
+
+V0, V1 = (save_v0, load_v0), (save_v1, load_v1)
+
+
+@pytest.mark.parametrize(
+    ("make", "at", "save", "load"),
+    [  # with T = 3, step 4 lies between two refreshes and step 6 is one
+        pytest.param(line, 4, *V0, id="adamw-v0"),
+        pytest.param(line, 6, *V1, id="adamw-v1"),
+        pytest.param(lambda: line(moments="rotate", stagger=True), 4, *V1, id="rotate-stagger"),
+        pytest.param(
+            lambda: line(projector_dtype="bfloat16", method="subspace"), 4, *V0, id="bfloat16"
+        ),
+        pytest.param(adafactor, 4, *V0, id="adafactor"),
+        pytest.param(
+            lambda: optax.MultiSteps(line(), 2).gradient_transformation(),
+            3,
+            *V1,
+            id="multi-steps",
+        ),
+    ],
+)
+def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, make, at, save, load):
+    net = LinenNet()
+    tx = make()
+
+    @jax.jit
+    def step(params, state):
+        def loss(p):
+            return jnp.mean((net.apply({"params": p}, X) - Y) ** 2)
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = net.init(jax.random.key(0), X)["params"]
+    carry = (params, tx.init(params))
+    for _ in range(at):
+        carry = step(*carry)
+    save(tmp_path / "checkpoint", {"params": carry[0], "opt_state": carry[1]})
+    for _ in range(4):
+        carry = step(*carry)
+
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), X)["params"])
+    target = {"params": shapes, "opt_state": jax.eval_shape(tx.init, shapes)}
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ),
+        target,
+    )
+    restored = load(tmp_path / "checkpoint", target)
+    resumed = (restored["params"], restored["opt_state"])
+    assert jax.tree.structure(resumed) == jax.tree.structure(carry)
+    for _ in range(4):
+        resumed = step(*resumed)
+    jax.tree.map(np.testing.assert_array_equal, resumed, carry)
+
+
+def test_nnx_optimizer_saves_and_resumes(tmp_path):
+    def build(seed):
+        model = NNXNet(nnx.Rngs(seed))
+        return model, nnx.Optimizer(model, line(), wrt=nnx.Param)
+
+    model, optimizer = build(0)
+    for _ in range(4):
+        nnx_step(model, optimizer)
+    save_v0(
+        tmp_path / "checkpoint", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+    )
+    expected = [float(nnx_step(model, optimizer)) for _ in range(4)]
+    model, optimizer = build(1)
+    target = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+    restored = load_v0(tmp_path / "checkpoint", target)
+    nnx.update(model, restored["model"])
+    nnx.update(optimizer, restored["optimizer"])
+    assert [float(nnx_step(model, optimizer)) for _ in range(4)] == expected
