@@ -10,6 +10,7 @@ that of `update` (traced, lowered and compiled) for 32 unrolled layers.
 import argparse
 import os
 import time
+from typing import Any
 
 # Waiting OpenBLAS threads spin; on a shared machine they slow everybody's decompositions down.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -45,7 +46,7 @@ def layers(make, count=LAYERS):
 
 
 def optimizers():
-    options = dict(weight_decay=0.1, rank=RANK)
+    options: dict[str, Any] = dict(weight_decay=0.1, rank=RANK)
     yield "optax.adamw", optax.adamw(1e-3, weight_decay=0.1)
     yield CONTRIB, optax.contrib.galore(1e-3, **options)
     yield OURS, galore_jax.galore_adamw(1e-3, **options)
@@ -88,7 +89,7 @@ class TorchStep:
             p = torch.nn.Parameter(torch.tensor(np.asarray(w).T.copy()))
             p.grad = torch.tensor(np.asarray(g).T.copy())
             self.weights.append(p)
-        group = dict(
+        group: Any = dict(
             params=self.weights, rank=RANK, update_proj_gap=200, scale=0.25, proj_type="std"
         )
         self.optimizer = galore_torch.GaLoreAdamW(
@@ -134,7 +135,7 @@ def captured(grads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--plain", type=int, default=21, help="timed plain steps of each")
     parser.add_argument("--refreshes", type=int, default=3, help="timed refreshes of each")
     parser.add_argument("--compiles", type=int, default=3, help="timed compilations of each")
@@ -143,7 +144,9 @@ def main():
     rng = np.random.default_rng(0)
     params = layers(lambda s: jnp.asarray(0.02 * rng.standard_normal(s), jnp.float32))
     grads = layers(lambda s: jnp.asarray(decaying(rng, s)))
-    steps = {name: JaxStep(tx, grads, params) for name, tx in optimizers()}
+    steps: dict[str, JaxStep | TorchStep] = {
+        name: JaxStep(tx, grads, params) for name, tx in optimizers()
+    }
     steps["galore-torch"] = TorchStep(grads, params)
 
     refresh = report.in_turns({k: s.refresh for k, s in steps.items()}, args.refreshes)
@@ -158,8 +161,7 @@ def main():
 
     none = float("nan")
     rows = [
-        [k, plain.get(k, none), refresh[k], compiling.get(k, none)]
-        + [energy.get(k.removeprefix("galore_jax "), none)]
+        [k, plain.get(k, none), refresh[k], compiling.get(k, none), energy.get(k[11:], none)]
         for k in steps
     ]
     report.table(["optimizer", "plain s", "refresh s", "compile s", "energy / svd"], rows)

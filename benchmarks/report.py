@@ -1,6 +1,7 @@
 """What every benchmark shares: timing in turns, the machine, the JSON."""
 
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -10,13 +11,6 @@ from importlib import metadata
 import jax
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-
-
-def seconds(function, repeats, warmup=1):
-    """Median wall-clock seconds of `function()`, which returns arrays to wait for."""
-    for _ in range(warmup):
-        jax.block_until_ready(function())
-    return statistics.median(_once(function) for _ in range(repeats))
 
 
 def in_turns(functions, repeats, warmup=1):
@@ -42,7 +36,7 @@ def write(name, result, packages):
     device = jax.devices()[0]
     result = {
         "device": device.device_kind,
-        "cores": len(__import__("os").sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {p: metadata.version(p) for p in packages},
         **result,
@@ -55,9 +49,7 @@ def write(name, result, packages):
 
 def table(head, rows):
     """Print rows of strings and numbers under a head."""
-    cells = [
-        [f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in [head, *rows]
-    ]
+    cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     for row in cells:
         print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())

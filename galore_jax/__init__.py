@@ -3,7 +3,7 @@
 from galore_jax.adafactor import galore_adafactor
 from galore_jax.alias import galore_adamw, galore_lion, galore_sgd
 from galore_jax.chaining import chain, install
-from galore_jax.leaf import last_two_axes
+from galore_jax.specs import last_two_axes
 from galore_jax.summary import summary
 from galore_jax.transform import GaLoreState, galore
 

@@ -29,8 +29,8 @@ class FactoredState(NamedTuple):
 
 
 def scale_by_factored_rms(
-    decay_rate: jax.typing.ArrayLike = 0.8,
-    decay_offset: jax.typing.ArrayLike = 0,
+    decay_rate: float | jax.Array = 0.8,
+    decay_offset: int | jax.Array = 0,
     min_dim_size_to_factor: int = 32,
     eps: jax.typing.ArrayLike = 1e-30,
     factored: bool = True,
@@ -65,9 +65,7 @@ def scale_by_factored_rms(
         def where(wanted, shape):
             return jax.tree.map(
                 lambda x: (
-                    jnp.zeros(shape(x), x.dtype)
-                    if is_factored(x) == wanted
-                    else optax.MaskedNode()
+                    jnp.zeros(shape(x), x.dtype) if is_factored(x) == wanted else optax.MaskedNode()
                 ),
                 params,
             )
@@ -123,9 +121,9 @@ def _clip_by_matrix_rms(threshold: jax.typing.ArrayLike) -> optax.GradientTransf
 def _scale_by_given_rms() -> optax.GradientTransformationExtraArgs:
     """Multiply by `param_rms`, an extra argument of update: a number per matrix."""
 
-    def update_fn(updates, state, params=None, *, param_rms, **extra_args):
-        del params, extra_args
-        return jax.tree.map(jnp.multiply, updates, param_rms), state
+    def update_fn(updates, state, params=None, **extra_args):
+        del params
+        return jax.tree.map(jnp.multiply, updates, extra_args["param_rms"]), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
@@ -134,13 +132,13 @@ def _scale_by_given_rms() -> optax.GradientTransformationExtraArgs:
 def galore_adafactor(
     learning_rate: optax.ScalarOrSchedule | None = None,
     min_dim_size_to_factor: int = 32,
-    decay_rate: jax.typing.ArrayLike = 0.8,
-    decay_offset: jax.typing.ArrayLike = 0,
+    decay_rate: float | jax.Array = 0.8,
+    decay_offset: int | jax.Array = 0,
     multiply_by_parameter_scale: bool = True,
     clipping_threshold: jax.typing.ArrayLike | None = 1.0,
     momentum: jax.typing.ArrayLike | None = None,
     dtype_momentum: Any = jnp.float32,
-    weight_decay_rate: jax.typing.ArrayLike | None = None,
+    weight_decay_rate: optax.ScalarOrSchedule | None = None,
     eps: jax.typing.ArrayLike = 1e-30,
     factored: bool = True,
     weight_decay_mask: Any = None,

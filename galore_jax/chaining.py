@@ -50,9 +50,7 @@ def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationEx
                 "the optimizer after it: chain(galore(rank=128), optax.adamw(1e-3))"
             )
         if any(isinstance(r, _Mark) for r in rest):
-            raise ValueError(
-                "chain: two bare galore(...) links; the gradient is projected once"
-            )
+            raise ValueError("chain: two bare galore(...) links; the gradient is projected once")
         # One link stays bare: the state is then the same as the wrapper's.
         inner = rest[0] if len(rest) == 1 else _optax_chain(*rest)
         return _optax_chain(*args[:i], link.around(inner))

@@ -11,18 +11,23 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax import specs
+
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 # The paper projects attention and MLP matrices. Scales and biases of stacked layers are
 # 2-D, (layers, features), but no matrices.
-DEFAULT_EXCLUDE = r"(?i)embed|norm|(^|/)(bias|scale|wte|wpe|vocab|(lm_?)?head|logits?(_?dense)?|score|classifier)(/|$)"
+DEFAULT_EXCLUDE = (
+    r"(?i)embed|norm|(^|/)"
+    r"(bias|scale|wte|wpe|vocab|(lm_?)?head|logits?(_?dense)?|score|classifier)(/|$)"
+)
 
 # Below this many numbers a leaf that stays unprojected is not worth a warning.
 _LARGE = 2**16
@@ -50,14 +55,17 @@ class Leaf:
 
     @property
     def batch(self) -> tuple[int, ...]:
+        """Sizes of the stacked axes."""
         return tuple(self.shape[a] for a in self.batch_axes)
 
     @property
     def m(self) -> int:
+        """Rows of each matrix: inputs."""
         return math.prod(self.shape[a] for a in self.reduction_axes)
 
     @property
     def n(self) -> int:
+        """Columns of each matrix: outputs."""
         return math.prod(self.shape[a] for a in self.output_axes)
 
     @property
@@ -114,26 +122,34 @@ class Unprojected:
 Plan = list[Leaf | Unprojected]
 
 
-def last_two_axes(params: optax.Params) -> Any:
-    """Weight dimension numbers for scanned models: the last two axes are the matrix.
+class Sites(NamedTuple):
+    """Where in a tree of parameters the projected leaves are."""
 
-    Leading axes are stacked layers, each with its own projector, as `nn.scan`,
-    `nnx.vmap` and `jax.lax.scan` store them: `(layers, in, out)`.
+    treedef: Any
+    at: list[int]  # their positions among the tree's leaves
+    leaves: list[Leaf]
 
-    Args:
-        params: tree of parameters (only shapes are read).
+    def flatten(self, tree: Any) -> list[Any]:
+        """All leaves of a tree like the parameters (MaskedNodes count as leaves)."""
+        return self.treedef.flatten_up_to(tree)
 
-    Returns:
-        A tree with `optax.contrib.GaLoreDimensionNumbers(-2, -1)` for each leaf of two or
-        more axes and None elsewhere, for `weight_dimension_numbers=`.
+    def pick(self, tree: Any) -> list[Any]:
+        """The projected leaves of a tree like the parameters."""
+        flat = self.flatten(tree)
+        return [flat[i] for i in self.at]
 
-    Example:
-        >>> import jax.numpy as jnp, galore_jax
-        >>> galore_jax.last_two_axes({"kernel": jnp.ones((3, 8, 16)), "bias": jnp.ones(16)})
-        {'bias': None, 'kernel': GaLoreDimensionNumbers(reduction_axis=-2, output_axis=-1)}
-    """
-    spec = optax.contrib.GaLoreDimensionNumbers(-2, -1)
-    return jax.tree.map(lambda p: spec if jnp.ndim(p) >= 2 else None, params)
+    def put(self, low_rank: Iterable[Any], tree: Any) -> Any:
+        """Replace the projected leaves of a tree like the parameters."""
+        flat = list(self.flatten(tree))
+        for i, x in zip(self.at, low_rank, strict=True):
+            flat[i] = x
+        return self.treedef.unflatten(flat)
+
+
+def sites(plan: Plan, treedef: Any) -> Sites:
+    """The projected leaves of a plan."""
+    at = [i for i, leaf in enumerate(plan) if isinstance(leaf, Leaf)]
+    return Sites(treedef, at, [leaf for leaf in plan if isinstance(leaf, Leaf)])
 
 
 def bare(tree: Any) -> Any:
@@ -147,26 +163,19 @@ def bare(tree: Any) -> Any:
     def is_variable(x):
         return hasattr(x, "get_value") and hasattr(x, "get_metadata")
 
-    return jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
-    )
-
-
-def path_string(path: Sequence[Any]) -> str:
-    """`layers/0/kernel` for a key path."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+    return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable)
 
 
 def owner(path: Sequence[Any], names: dict[tuple[str, ...], int]) -> int | None:
     """Which parameter an array of an optimizer state belongs to, by the end of its path."""
-    keys = _keys(path)
+    keys = specs.keys(path)
     return next((names[keys[i:]] for i in range(len(keys) + 1) if keys[i:] in names), None)
 
 
 def owners(params: optax.Params) -> dict[tuple[str, ...], int]:
     """Position of each parameter by its path, for `owner`."""
     paths = jax.tree_util.tree_leaves_with_path(params)
-    return {_keys(path): i for i, (path, _) in enumerate(paths)}
+    return {specs.keys(path): i for i, (path, _) in enumerate(paths)}
 
 
 def plan(
@@ -179,11 +188,11 @@ def plan(
 ) -> Plan:
     """Decide for each leaf of `params`, in flattening order, what becomes of it."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    specs = _specs(params, weight_dimension_numbers)
+    found = specs.specs(params, weight_dimension_numbers)
     excluded = re.compile(exclude) if exclude is not None else None
     return [
-        _plan_leaf(path_string(path), x, spec, rank, proj_type, excluded)
-        for (path, x), spec in zip(leaves, specs, strict=True)
+        _plan_leaf(specs.path_string(path), x, spec, rank, proj_type, excluded)
+        for (path, x), spec in zip(leaves, found, strict=True)
     ]
 
 
@@ -220,9 +229,9 @@ def _plan_leaf(path, x, spec, rank, proj_type, excluded) -> Leaf | Unprojected:
     if spec is None:
         missed = len(shape) >= 3 and math.prod(shape) >= _LARGE and min(shape[-2:]) > 1
         return Unprojected(path, shape, "not a matrix", missed)
-    if isinstance(spec, _Skip):
+    if isinstance(spec, specs.Skip):
         return Unprojected(path, shape, "weight_dimension_numbers is None")
-    batch, reduction, output = _axes(path, shape, spec)
+    batch, reduction, output = specs.axes(path, shape, spec)
     leaf = Leaf(path, shape, batch, reduction, output, "in", 0, _float32_at_least(x))
     r = _rank(rank, path, shape, min(leaf.m, leaf.n))
     if min(leaf.m, leaf.n) <= r:
@@ -256,9 +265,7 @@ def check_rank(rank: Any, where: str = "") -> None:
         )
     good = callable(rank) or (
         not isinstance(rank, bool)
-        and (
-            (isinstance(rank, int) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1)
-        )
+        and ((isinstance(rank, int) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1))
     )
     if not good:
         error = ValueError if isinstance(rank, (int, float)) else TypeError
@@ -275,93 +282,3 @@ def _rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int:
             raise TypeError(f"rank for leaf '{path}' must be a number, got {rank!r}")
         check_rank(rank, f" for leaf '{path}' {shape}")
     return max(1, int(rank * smaller)) if isinstance(rank, float) else rank
-
-
-class _Skip:
-    """Stands for an explicit None in a spec tree: do not project."""
-
-
-def _is_spec(x: Any) -> bool:
-    return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
-
-
-def _specs(params: optax.Params, given: Any) -> Iterator[Any]:
-    """One spec per leaf: an object with axes, None (no matrix) or _Skip (told not to)."""
-    tree = given(params) if callable(given) else given
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if tree is None:
-        spec = optax.contrib.GaLoreDimensionNumbers()
-        return (spec if jnp.ndim(x) == 2 else None for _, x in leaves)
-    if _is_spec(tree):
-        return (tree if jnp.ndim(x) >= 2 else None for _, x in leaves)
-    # By path rather than by structure: under nnx.Optimizer the parameters arrive as an
-    # nnx.State where the user wrote a dict, and masks put MaskedNodes in place of leaves.
-    by_path: dict[tuple[str, ...], Any] = {}
-    for path, spec in jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda x: x is None or _is_spec(x) or _is_masked(x)
-    ):
-        if not (spec is None or _is_spec(spec) or _is_masked(spec)):
-            raise TypeError(
-                "weight_dimension_numbers must hold objects with reduction_axis and output_axis "
-                f"or None, got {spec!r} at '{path_string(path)}'"
-            )
-        by_path[_keys(path)] = spec
-    unused = set(by_path)
-    found = []
-    for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked):
-        keys = _keys(path)
-        prefix = next((keys[:i] for i in range(len(keys), -1, -1) if keys[:i] in by_path), None)
-        unused.discard(prefix)  # type: ignore[arg-type]
-        if _is_masked(x):
-            continue
-        if prefix is None:
-            raise ValueError(
-                f"weight_dimension_numbers has no entry for leaf '{path_string(path)}' "
-                f"{jnp.shape(x)}; its tree must match the parameters (or be a prefix of them), "
-                "with None for leaves to leave alone"
-            )
-        spec = by_path[prefix]
-        found.append(spec if _is_spec(spec) else _Skip())
-    # A subtree that holds no parameter (an empty dict, a masked branch) needs no match.
-    if unused and leaves and not _has_masked(params):
-        raise ValueError(
-            "weight_dimension_numbers has entries that match no parameter: "
-            + ", ".join(f"'{'/'.join(k)}'" for k in sorted(unused))
-        )
-    return iter(found)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def _has_masked(tree: Any) -> bool:
-    return any(map(_is_masked, jax.tree.leaves(tree, is_leaf=_is_masked)))
-
-
-def _keys(path: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def _axes(path: str, shape: tuple[int, ...], spec: Any):
-    """Normalise a spec's axes to (batch, reduction, output) tuples."""
-
-    def normalise(name):
-        axes = getattr(spec, name)
-        axes = (axes,) if isinstance(axes, int) else tuple(axes)
-        for a in axes:
-            if not -len(shape) <= a < len(shape):
-                raise ValueError(
-                    f"weight_dimension_numbers: {name} {a} is out of range for leaf '{path}' "
-                    f"of shape {shape}"
-                )
-        return tuple(a % len(shape) for a in axes)
-
-    reduction, output = normalise("reduction_axis"), normalise("output_axis")
-    named = reduction + output
-    if len(set(named)) < len(named) or not reduction or not output:
-        raise ValueError(
-            f"weight_dimension_numbers: reduction_axis {spec.reduction_axis} and output_axis "
-            f"{spec.output_axis} must be disjoint and not empty, for leaf '{path}' of shape {shape}"
-        )
-    return tuple(a for a in range(len(shape)) if a not in named), reduction, output

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from galore_jax.leaf import Leaf, Plan, owner, owners
+from galore_jax.leaf import Leaf, Plan, Sites, owner, owners
 from galore_jax.projection import bases, contract
 from galore_jax.refresh import Schedule, per_leaf
 
@@ -39,15 +38,11 @@ class Decay(NamedTuple):
 def check(inner_state: Any, params: Any, plan: Plan, moments: str) -> None:
     """Raise when the inner state holds low-rank arrays that no rule is known for."""
     names = owners(params)
-    known = {
-        id(x) for node in _nodes(inner_state) for x in jax.tree.leaves(_moment_trees(node))
-    }
+    known = {id(x) for node in _nodes(inner_state) for x in jax.tree.leaves(_moment_trees(node))}
     for path, x in jax.tree_util.tree_leaves_with_path(inner_state):
         at = owner(path, names)
         leaf = None if at is None else plan[at]
-        if isinstance(leaf, Leaf) and (
-            id(x) not in known or jnp.shape(x) != leaf.low_rank_shape
-        ):
+        if isinstance(leaf, Leaf) and (id(x) not in known or jnp.shape(x) != leaf.low_rank_shape):
             raise ValueError(
                 f"moments='{moments}' knows states with fields mu, nu or trace of the gradient's "
                 f"shape; the inner optimizer keeps {jax.tree_util.keystr(path)} of shape "
@@ -55,25 +50,48 @@ def check(inner_state: Any, params: Any, plan: Plan, moments: str) -> None:
             )
 
 
-def rotate(
+def carry_over(
+    policy: str,
     inner_state: Any,
     next_state: NextState,
-    leaves: Sequence[Leaf],
-    positions: Sequence[int],
-    treedef: Any,
+    where: Sites,
     old: Sequence[jax.Array],
     new: Sequence[jax.Array],
     when: Schedule,
-) -> Any:
+) -> tuple[Any, list[jax.Array] | None]:
+    """Take the inner state over from the old projectors to the new ones.
+
+    Args:
+        policy: `keep`, `reset` or `rotate`.
+        inner_state: the inner optimizer's state.
+        next_state: its update at this step's gradient, from state to state.
+        where: the projected leaves.
+        old: their projectors at the last step.
+        new: and at this one.
+        when: which of them changed.
+
+    Returns:
+        The state to update from, and per leaf a factor of the leaf's batch shape on the
+        update, or None for no factor.
+    """
+    if policy == "keep" or not where.leaves:
+        return inner_state, None
+    if policy == "rotate":
+        return _rotate(inner_state, next_state, where, old, new, when), None
+    inner_state = _reset(inner_state, where, when)
+    return inner_state, _reset_correction(inner_state, next_state, where, when)
+
+
+def _rotate(inner_state, next_state, where: Sites, old, new, when: Schedule) -> Any:
     """Re-express the moments of matrices that are due in their new bases."""
-    dues = per_leaf(leaves, when.due)
+    dues = per_leaf(where.leaves, when.due)
 
     def turn_node(node, decay):
         debias1, debias2 = (_debias(b, node) for b in decay)
-        fields = {k: treedef.flatten_up_to(v) for k, v in _moment_trees(node).items()}
-        for leaf, at, p, q, due in zip(leaves, positions, old, new, dues, strict=True):
+        fields = {k: where.flatten(v) for k, v in _moment_trees(node).items()}
+        for leaf, at, p, q, due in zip(where.leaves, where.at, old, new, dues, strict=True):
             c = [
-                None if a is None else contract(b, -2, a, -2)
+                None if a is None or b is None else contract(b, -2, a, -2)
                 for a, b in zip(bases(leaf, p), bases(leaf, q), strict=True)
             ]
             before = {k: v[at] for k, v in fields.items() if isinstance(v[at], jax.Array)}
@@ -89,56 +107,40 @@ def rotate(
                 fields[k][at] = jnp.where(
                     due[..., None, None], x.astype(before[k].dtype), before[k]
                 )
-        return node._replace(**{k: treedef.unflatten(v) for k, v in fields.items()})
+        return node._replace(**{k: where.treedef.unflatten(v) for k, v in fields.items()})
 
     def turned():
-        decays = _decay_rates(inner_state, next_state, treedef, positions)
+        decays = _decay_rates(inner_state, next_state, where)
         return _map_nodes(lambda node: turn_node(node, next(decays)), inner_state)
 
     return jax.lax.cond(when.any_due, turned, lambda: inner_state)
 
 
-def reset(
-    inner_state: Any,
-    leaves: Sequence[Leaf],
-    positions: Sequence[int],
-    treedef: Any,
-    when: Schedule,
-) -> Any:
+def _reset(inner_state, where: Sites, when: Schedule) -> Any:
     """Zero the moments of matrices that are due."""
-    dues = per_leaf(leaves, when.due & when.any_due)
+    dues = per_leaf(where.leaves, when.due & when.any_due)
 
     def zero_node(node):
-        fields = {k: treedef.flatten_up_to(v) for k, v in _moment_trees(node).items()}
-        for at, due in zip(positions, dues, strict=True):
+        fields = {k: where.flatten(v) for k, v in _moment_trees(node).items()}
+        for at, due in zip(where.at, dues, strict=True):
             for arrays in fields.values():
                 if isinstance(arrays[at], jax.Array):
                     zeroed = jnp.where(due[..., None, None], 0, arrays[at])
                     arrays[at] = zeroed.astype(arrays[at].dtype)
-        return node._replace(**{k: treedef.unflatten(v) for k, v in fields.items()})
+        return node._replace(**{k: where.treedef.unflatten(v) for k, v in fields.items()})
 
     return _map_nodes(zero_node, inner_state)
 
 
-def reset_correction(
-    inner_state: Any,
-    next_state: NextState,
-    leaves: Sequence[Leaf],
-    positions: Sequence[int],
-    treedef: Any,
-    when: Schedule,
-) -> list[jax.Array] | None:
+def _reset_correction(inner_state, next_state, where: Sites, when: Schedule):
     """Factors that give updates from reset moments the bias correction of their own age.
 
     The inner optimizer corrects by its step count t, but a matrix reset k steps ago holds
     averages of k gradients. Adam's update is off by the factor
     `(1 - b1^t) / (1 - b1^k) * sqrt((1 - b2^k) / (1 - b2^t))`: steps up to six times too large.
-
-    Returns:
-        One array of the leaf's batch shape per leaf, or None where nothing is corrected.
     """
     factors = None
-    decays = _decay_rates(inner_state, next_state, treedef, positions)
+    decays = _decay_rates(inner_state, next_state, where)
     for node in _nodes(inner_state):
         b1, b2 = next(decays)
         if b1 is None or b2 is None or "count" not in node._fields:
@@ -147,7 +149,7 @@ def reset_correction(
         k = jnp.minimum(when.age, t)
         ours = (1 - b1**t) / (1 - b1**k) * jnp.sqrt((1 - b2**k) / (1 - b2**t))
         factors = ours if factors is None else factors * ours
-    return None if factors is None else per_leaf(leaves, factors)
+    return None if factors is None else per_leaf(where.leaves, factors)
 
 
 def _is_node(x: Any) -> bool:
@@ -176,9 +178,7 @@ def _change_basis(c: Sequence[jax.Array | None], x: jax.Array) -> jax.Array:
     return x
 
 
-def _decay_rates(
-    inner_state: Any, next_state: NextState, treedef: Any, positions: Sequence[int]
-) -> Iterator[Decay]:
+def _decay_rates(inner_state, next_state, where: Sites) -> Iterator[Decay]:
     """Decay rates of each state's moments: d mu_next / d mu, d nu_next / d nu.
 
     The betas are closed over by the inner optimizer; shifting all moments by s and taking
@@ -197,20 +197,17 @@ def _decay_rates(
         for node in _nodes(next_state(_map_nodes(shift, inner_state))):
             trees = _moment_trees(node)
             first = next((trees[k] for k in _FIRST if k in trees), None)
-            out.append([_sample(x, treedef, positions) for x in (first, trees.get(_SECOND))])
+            out.append([_sample(x, where) for x in (first, trees.get(_SECOND))])
         return out
 
     _, rates = jax.jvp(probe, (jnp.zeros([]),), (jnp.ones([]),))
     return (Decay(b1, b2) for b1, b2 in rates)
 
 
-def _sample(tree: Any, treedef: Any, positions: Sequence[int]) -> jax.Array | None:
+def _sample(tree: Any, where: Sites) -> jax.Array | None:
     """One number of the first projected leaf that the tree holds."""
-    if tree is None:
-        return None
-    leaves = treedef.flatten_up_to(tree)
-    found = (leaves[at] for at in positions if not isinstance(leaves[at], optax.MaskedNode))
-    x = next((x for x in found if isinstance(x, jax.Array)), None)
+    picked = () if tree is None else where.pick(tree)
+    x = next((x for x in picked if isinstance(x, jax.Array)), None)
     return None if x is None else x.ravel()[0].astype(jnp.float32)
 
 

@@ -13,7 +13,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Schedule(NamedTuple):
 
 
 def schedule(
-    leaves: Sequence[Leaf], count: jax.Array, update_proj_gap: jax.Array | int, stagger: bool
+    leaves: Sequence[Leaf], count: jax.Array, update_proj_gap: Any, stagger: bool
 ) -> Schedule:
     """Refresh at steps 0, T, 2T, ...; staggered, matrix j of K at floor(j T / K) + i T too.
 
@@ -98,6 +98,8 @@ def refresh(
     Returns:
         The projectors to use at this step.
     """
+    if not leaves:
+        return []
     numbers = np.split(np.arange(when.due.size), _cuts(_sizes(leaves)))
     groups: dict[tuple, list[list[int]]] = {}
     for i, leaf in enumerate(leaves):
@@ -126,17 +128,13 @@ def refresh(
     return jax.lax.cond(when.any_due, recompute, lambda: list(projectors))
 
 
-def _refresh_together(
-    leaves, grads, projectors, due, count, method, stagger
-) -> list[jax.Array]:
+def _refresh_together(leaves, grads, projectors, due, count, method, stagger) -> list[jax.Array]:
     """Refresh matrices of one shape, one after the other in one loop."""
     leaf, sizes = leaves[0], _sizes(leaves)
     if len(leaves) == 1:
         matrix = functools.partial(leaf.matrix_at, grads[0])
     else:
-        flat = [
-            x.to_matrix(g).reshape(-1, x.m, x.n) for x, g in zip(leaves, grads, strict=True)
-        ]
+        flat = [x.to_matrix(g).reshape(-1, x.m, x.n) for x, g in zip(leaves, grads, strict=True)]
         matrix = functools.partial(
             jax.lax.dynamic_index_in_dim, jnp.concatenate(flat), keepdims=False
         )
@@ -157,11 +155,7 @@ def _refresh_together(
             usable = finite & jnp.all(jnp.isfinite(new))
             return jnp.where(usable, new.astype(slot["old"].dtype), slot["old"])
 
-        return (
-            jax.lax.cond(slot["due"], decompose, lambda: slot["old"])
-            if stagger
-            else decompose()
-        )
+        return jax.lax.cond(slot["due"], decompose, lambda: slot["old"]) if stagger else decompose()
 
     # A leaf's name rather than its position seeds a random basis, so that it stays the same
     # when the tree around the leaf changes.

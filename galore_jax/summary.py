@@ -29,6 +29,7 @@ class Row:
 
     @property
     def state(self) -> int:
+        """Bytes of the optimizer's state: projector and inner state."""
         return self.projector + self.inner_state
 
 

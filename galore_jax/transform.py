@@ -234,98 +234,74 @@ def galore(
             records.append(Record(plan, params, inner))
         else:
             leaf_lib.warn_about(plan)
-        leaves, treedef = jax.tree.flatten(params)
-        projector, proxies = [], []
-        for leaf, x in zip(plan, leaves, strict=True):
-            if isinstance(leaf, Leaf):
-                projector.append(default_projector(leaf, stored_dtype or leaf.dtype))
-                proxies.append(jnp.zeros(leaf.low_rank_shape, leaf.dtype))
-            else:
-                projector.append(optax.MaskedNode())
-                proxies.append(_wide(x))
-        inner_state = inner_tx.init(treedef.unflatten(proxies))
+        where = leaf_lib.sites(plan, jax.tree.structure(params))
+        dtypes = [stored_dtype or leaf.dtype for leaf in where.leaves]
+        projectors = map(default_projector, where.leaves, dtypes)
+        low_params = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in where.leaves]
+        inner_state = inner_tx.init(where.put(low_params, jax.tree.map(_wide, params)))
         if moments != "keep":
             moments_lib.check(inner_state, params, plan, moments)
-        return GaLoreState(jnp.zeros([], jnp.int32), treedef.unflatten(projector), inner_state)
+        unprojected = jax.tree.map(lambda _: optax.MaskedNode(), params)
+        return GaLoreState(
+            jnp.zeros([], jnp.int32), where.put(projectors, unprojected), inner_state
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
-        outer_treedef = jax.tree.structure(updates)
-        grads, treedef = jax.tree.flatten(bare(updates))
-        weights = None if params is None else treedef.flatten_up_to(bare(params))
-        plan = make_plan(bare(updates if params is None else params))
-        at = [i for i, leaf in enumerate(plan) if isinstance(leaf, Leaf)]
-        projected: list[Leaf] = [plan[i] for i in at]  # type: ignore[misc]
-        stored = treedef.flatten_up_to(state.projector)
-        _check_projectors(plan, stored)
-        old = [stored[i] for i in at]
+        given, updates, params = updates, bare(updates), bare(params)
+        plan = make_plan(updates if params is None else params)
+        where = leaf_lib.sites(plan, jax.tree.structure(updates))
+        leaves, grads, old = where.leaves, where.pick(updates), where.pick(state.projector)
+        _check_projectors(plan, where.flatten(state.projector))
 
         # Project.
-        if projected:
-            when = schedule(projected, state.count, update_proj_gap, stagger)
-            gradients = [grads[i] for i in at]
-            new = refresh(
-                projected, gradients, old, state.count, when, METHODS[method], stagger
-            )
-            low = [project(*args) for args in zip(projected, new, gradients, strict=True)]
-        else:
-            when, new, low = None, [], []
+        when = schedule(leaves, state.count, update_proj_gap, stagger)
+        new = refresh(leaves, grads, old, state.count, when, METHODS[method], stagger)
+        low_grads = where.put(map(project, leaves, new, grads), jax.tree.map(_wide, updates))
 
-        # The inner optimizer, which meets zeros in the place of projected weights.
-        def mixed(low_rank, others):
-            out = [_wide(x) for x in others]
-            for i, x in zip(at, low_rank, strict=True):
-                out[i] = x
-            return treedef.unflatten(out)
-
-        low_grads = mixed(low, grads)
+        # Update in the subspace. The inner optimizer meets zeros for projected weights.
+        wide_params = None if params is None else jax.tree.map(_wide, params)
+        zeros = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in leaves]
 
         def inner_update(inner_state, low_params):
-            p = None if weights is None else mixed(low_params, weights)
+            p = None if wide_params is None else where.put(low_params, wide_params)
             return inner_tx.update(low_grads, inner_state, p, **extra_args)
 
-        zeros = [jnp.zeros_like(x) for x in low]
-        inner_state, correction = state.inner_state, None
-        if projected and moments != "keep":
+        inner_state, correction = moments_lib.carry_over(
+            moments, state.inner_state, lambda s: inner_update(s, zeros)[1], where, old, new, when
+        )
 
-            def next_state(s):
-                return inner_update(s, zeros)[1]
+        def at_params(low_params):
+            inner_updates, next_state = inner_update(inner_state, low_params)
+            return where.pick(inner_updates), (inner_updates, next_state)
 
-            if moments == "rotate":
-                inner_state = moments_lib.rotate(
-                    inner_state, next_state, projected, at, treedef, old, new, when
-                )
-            else:
-                inner_state = moments_lib.reset(inner_state, projected, at, treedef, when)
-                correction = moments_lib.reset_correction(
-                    inner_state, next_state, projected, at, treedef, when
-                )
+        if leaves and params is not None:
+            paths = [leaf.path for leaf in leaves]
+            directions, (out, inner_state), decay = split_affine(at_params, zeros, paths)
+        else:
+            directions, (out, inner_state) = at_params(zeros)
+            decay = None
 
         # Lift, and decay the full weight.
-        def at_params(low_params):
-            inner_updates, new_state = inner_update(inner_state, low_params)
-            full = treedef.flatten_up_to(inner_updates)
-            return [full[i] for i in at], (full, new_state)
-
-        if projected and weights is not None:
-            paths = [leaf.path for leaf in projected]
-            directions, (out, new_inner_state), decay = split_affine(at_params, zeros, paths)
-        else:
-            directions, (out, new_inner_state) = at_params(zeros)
-            decay = None
-        for k, (i, leaf) in enumerate(zip(at, projected, strict=True)):
-            factor = scale if correction is None else scale * correction[k][..., None, None]
-            out[i] = lift(leaf, new[k], factor * directions[k])
-            if decay is not None and weights is not None:
-                out[i] += _over(leaf, decay[k]) * weights[i].astype(leaf.dtype)
-        like = grads if weights is None else weights
-        out = [u.astype(jnp.result_type(x)) for u, x in zip(out, like, strict=True)]
-
-        for i, p in zip(at, new, strict=True):
-            stored[i] = p
-        new_state = GaLoreState(
-            optax.safe_increment(state.count), treedef.unflatten(stored), new_inner_state
+        factors: list[Any] = [scale] * len(leaves)
+        if correction is not None:
+            factors = [scale * c[..., None, None] for c in correction]
+        lifted = [
+            lift(leaf, p, f * u)
+            for leaf, p, f, u in zip(leaves, new, factors, directions, strict=True)
+        ]
+        if decay is not None:
+            for i, (leaf, c, w) in enumerate(zip(leaves, decay, where.pick(params), strict=True)):
+                lifted[i] += _over(leaf, c) * w.astype(leaf.dtype)
+        like = updates if params is None else params
+        out = map(
+            lambda u, x: u.astype(jnp.result_type(x)),
+            where.flatten(where.put(lifted, out)),
+            where.flatten(like),
         )
-        return outer_treedef.unflatten(out), new_state
+        new_state = GaLoreState(
+            optax.safe_increment(state.count), where.put(new, state.projector), inner_state
+        )
+        return jax.tree.unflatten(jax.tree.structure(given), out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -19,17 +19,13 @@ def low_rank_gradient(seed, *shape):
 
 
 def params_like(shapes, seed=0, dtype=jnp.float32):
-    return {
-        k: jnp.asarray(normal(seed + i, *s), dtype) for i, (k, s) in enumerate(shapes.items())
-    }
+    return {k: jnp.asarray(normal(seed + i, *s), dtype) for i, (k, s) in enumerate(shapes.items())}
 
 
 def grads_like(params, step):
     return {
         k: jnp.asarray(
-            low_rank_gradient(100 * step + i, *p.shape)
-            if p.ndim >= 2
-            else normal(step, *p.shape)
+            low_rank_gradient(100 * step + i, *p.shape) if p.ndim >= 2 else normal(step, *p.shape)
         )
         for i, (k, p) in enumerate(sorted(params.items()))
     }

@@ -49,12 +49,8 @@ def test_captured_energy_against_numpys_svd(name, least, shape):
     a = matrix(np.random.default_rng(0), *shape).astype(np.float32)
     best = np.sum(np.linalg.svd(a.astype(np.float64), compute_uv=False)[:16] ** 2)
     rng = np.random.default_rng(1)
-    warm = np.linalg.qr(
-        np.linalg.svd(a)[0][:, :16] + 0.05 * rng.standard_normal((shape[0], 16))
-    )[0]
-    assert (
-        least < energy(basis(name, a, 16, jnp.asarray(warm, jnp.float32)), a) / best < 1.00001
-    )
+    warm = np.linalg.qr(np.linalg.svd(a)[0][:, :16] + 0.05 * rng.standard_normal((shape[0], 16)))[0]
+    assert least < energy(basis(name, a, 16, jnp.asarray(warm, jnp.float32)), a) / best < 1.00001
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -29,9 +29,7 @@ def test_everything_after_the_mark_runs_in_the_subspace():
     b, c = optax.scale_by_adam(), optax.scale(-1e-2)
     linked = optax.chain(a, galore_jax.galore(rank=4), b, c)
     wrapped = optax.chain(a, galore_jax.galore(optax.chain(b, c), rank=4))
-    jax.tree.map(
-        np.testing.assert_array_equal, train(linked, params, 3), train(wrapped, params, 3)
-    )
+    jax.tree.map(np.testing.assert_array_equal, train(linked, params, 3), train(wrapped, params, 3))
 
 
 def test_a_chain_in_a_chain_marks_its_own_links():

@@ -21,9 +21,9 @@ class LinenNet(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(24, name="up")(x)
-        x = nn.scan(
-            LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )(name="blocks")(x, None)[0]
+        x = nn.scan(LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
+            name="blocks"
+        )(x, None)[0]
         return nn.Dense(8, name="lm_head")(x)
 
 
@@ -113,9 +113,9 @@ def test_nnx_optimizer_equals_the_functional_loop(moments, proj_type):
 
     @jax.jit
     def step(params, state):
-        loss, grads = jax.value_and_grad(
-            lambda p: jnp.mean((nnx.merge(graphdef, p)(X) - Y) ** 2)
-        )(params)
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean((nnx.merge(graphdef, p)(X) - Y) ** 2))(
+            params
+        )
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
@@ -237,9 +237,7 @@ def test_nnx_optimizer_saves_and_resumes(tmp_path):
     model, optimizer = build(0)
     for _ in range(4):
         nnx_step(model, optimizer)
-    save_v0(
-        tmp_path / "checkpoint", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
-    )
+    save_v0(tmp_path / "checkpoint", {"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
     expected = [float(nnx_step(model, optimizer)) for _ in range(4)]
     model, optimizer = build(1)
     target = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}

@@ -69,16 +69,12 @@ def test_a_rotation_into_the_same_subspace_changes_no_update(proj_type):
 
 def test_rotated_momentum_lifts_to_the_old_one_projected():
     params = params_like(SHAPES)
-    tx = galore_jax.galore_sgd(
-        1e-2, momentum=0.9, rank=RANK, update_proj_gap=GAP, moments="rotate"
-    )
+    tx = galore_jax.galore_sgd(1e-2, momentum=0.9, rank=RANK, update_proj_gap=GAP, moments="rotate")
     before, after, grads = moments_before_and_after_a_refresh(tx, params)
     p, q = before.projector["wide"], after.projector["wide"]
     lifted = p @ before.inner_state[0].trace["wide"]
     expected = 0.9 * q.T @ lifted + q.T @ grads["wide"]
-    np.testing.assert_allclose(
-        after.inner_state[0].trace["wide"], expected, rtol=1e-3, atol=1e-5
-    )
+    np.testing.assert_allclose(after.inner_state[0].trace["wide"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_reset_moments_start_like_a_fresh_optimizer():
@@ -112,9 +108,7 @@ def test_reset_moments_start_like_a_fresh_optimizer():
 @pytest.mark.parametrize("stagger", [False, True])
 def test_policies_work_for_other_inner_optimizers(inner, moments, stagger):
     params = params_like(SHAPES)
-    tx = galore_jax.galore(
-        inner, rank=RANK, update_proj_gap=GAP, moments=moments, stagger=stagger
-    )
+    tx = galore_jax.galore(inner, rank=RANK, update_proj_gap=GAP, moments=moments, stagger=stagger)
     trained, state = train(tx, params, 8)
     kept, _ = train(
         galore_jax.galore(inner, rank=RANK, update_proj_gap=GAP, stagger=stagger), params, 8

@@ -36,9 +36,7 @@ def suite(name, factory, **kwargs):
         "wrapper_kwargs": None,
     }
     assert any(e["opt_name"] == "galore" for e in namespace["_MAIN_OPTIMIZERS_UNDER_TEST"])
-    namespace["_MAIN_OPTIMIZERS_UNDER_TEST"] = namespace["_ALL_OPTIMIZERS_UNDER_TEST"] = (
-        entry,
-    )
+    namespace["_MAIN_OPTIMIZERS_UNDER_TEST"] = namespace["_ALL_OPTIMIZERS_UNDER_TEST"] = (entry,)
     exec(compile(tests, origin, "exec"), namespace)
     namespace["_get_opt_factory"] = lambda opt_name: factory
     case = namespace["ContribTest"]

@@ -158,9 +158,7 @@ def test_staggered_refreshes_are_spread_evenly(decompositions):
 
 @pytest.mark.parametrize("gap", [1, 3, 7, 20])
 def test_every_matrix_is_due_once_in_every_gap(gap):
-    leaves = plan(
-        params_like(SHAPES), rank=RANK, weight_dimension_numbers=galore_jax.last_two_axes
-    )
+    leaves = plan(params_like(SHAPES), rank=RANK, weight_dimension_numbers=galore_jax.last_two_axes)
     due = np.stack(
         [schedule(leaves, jnp.int32(t), gap, True).due for t in range(1 + 3 * gap)]
     ).astype(int)

@@ -71,9 +71,7 @@ def test_a_7b_model_costs_nothing():
         "down": (ff, d),
     }
     params = {k: jax.ShapeDtypeStruct((layers, *s), jnp.bfloat16) for k, s in shapes.items()}
-    tx = galore_jax.galore_adamw(
-        1e-3, rank=1024, weight_dimension_numbers=galore_jax.last_two_axes
-    )
+    tx = galore_jax.galore_adamw(1e-3, rank=1024, weight_dimension_numbers=galore_jax.last_two_axes)
     table = galore_jax.summary(tx, params)
     per_layer = 4 * (d * 1024 * 3) + 3 * (d * 1024 + 2 * 1024 * ff)
     assert table.total.state == 4 * layers * per_layer + 8

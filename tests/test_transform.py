@@ -29,9 +29,7 @@ def close(a, b, tolerance=1e-6):
 
 
 def adamw_with_mask():
-    return optax.adamw(
-        1e-2, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
-    )
+    return optax.adamw(1e-2, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
 
 
 INNERS = {
@@ -157,9 +155,7 @@ def test_a_many_axes_kernel_gives_what_its_matrix_gives():
     spec = optax.contrib.MuonDimensionNumbers
     options = dict(rank=RANK, update_proj_gap=2, weight_decay=0.1)
     tx = galore_jax.galore_adamw(1e-2, **options, weight_dimension_numbers=spec(1, (2, 3, 4)))
-    tx_moved = galore_jax.galore_adamw(
-        1e-2, **options, weight_dimension_numbers=spec(3, (1, 2, 4))
-    )
+    tx_moved = galore_jax.galore_adamw(1e-2, **options, weight_dimension_numbers=spec(3, (1, 2, 4)))
     tx_matrix = galore_jax.galore_adamw(
         1e-2, **options, weight_dimension_numbers=galore_jax.last_two_axes
     )
@@ -168,9 +164,7 @@ def test_a_many_axes_kernel_gives_what_its_matrix_gives():
         return {"q": jnp.asarray(low_rank_gradient(step, 2, 12, 60)).reshape(2, 12, 3, 4, 5)}
 
     a, _ = train(tx, kernel, 5, grads=grads)
-    b, _ = train(
-        tx_moved, moved, 5, grads=lambda p, s: {"q": jnp.moveaxis(grads(p, s)["q"], 1, 3)}
-    )
+    b, _ = train(tx_moved, moved, 5, grads=lambda p, s: {"q": jnp.moveaxis(grads(p, s)["q"], 1, 3)})
     c, _ = train(
         tx_matrix,
         {"q": kernel["q"].reshape(2, 12, 60)},
@@ -267,9 +261,7 @@ def test_bfloat16_parameters_have_float32_moments_that_decay():
     update = jax.jit(tx.update)
     updates, state = update(grads, state, params)
     before = state.inner_state[0].nu
-    assert all(
-        x.dtype == jnp.float32 for x in jax.tree.leaves((before, state.inner_state[0].mu))
-    )
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((before, state.inner_state[0].mu)))
     assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(updates))
     for _ in range(150):
         _, state = update(jax.tree.map(jnp.zeros_like, grads), state, params)
@@ -298,9 +290,9 @@ def test_x64():
         gradients = [low_rank_gradient(t, 12, 24).astype(np.float64) for t in range(5)]
         tx = galore_jax.galore_adamw(1e-2, weight_decay=0.1, rank=RANK, update_proj_gap=2)
         projectors, state, w = [], tx.init(params), params
-        assert {
-            x.dtype for x in jax.tree.leaves((state.projector, state.inner_state[0].nu))
-        } == {jnp.dtype("float64")}
+        assert {x.dtype for x in jax.tree.leaves((state.projector, state.inner_state[0].nu))} == {
+            jnp.dtype("float64")
+        }
         for g in gradients:
             updates, state = tx.update({"w": jnp.asarray(g)}, state, w)
             w = optax.apply_updates(w, updates)
@@ -356,9 +348,7 @@ def test_masked_and_partition():
     whole, _ = train(galore(optax.adam(1e-2), **options, exclude="square"), params, 5)
     close(train(partitioned, params, 5)[0], whole)
     close(train(masked, params, 5)[0], whole)
-    inside = galore(
-        optax.masked(optax.adam(1e-2), {k: k != "vector" for k in SHAPES}), **options
-    )
+    inside = galore(optax.masked(optax.adam(1e-2), {k: k != "vector" for k in SHAPES}), **options)
     assert set(train(inside, params, 3)[0]) == set(SHAPES)
 
 
@@ -480,9 +470,7 @@ def test_an_inner_that_is_no_transformation_is_a_type_error():
 def test_a_state_of_another_run_is_refused(other):
     params = params_like({"w": (12, 24)})
     state = galore_jax.galore_adamw(1e-2, rank=4).init(params)
-    with pytest.raises(
-        ValueError, match=r"does not fit leaf 'w' of shape \(12, 24\).*\(12, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit leaf 'w' of shape \(12, 24\).*\(12, 4\)"):
         galore_jax.galore_adamw(1e-2, **other).update(grads_like(params, 0), state, params)
 
 

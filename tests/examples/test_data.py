@@ -171,9 +171,7 @@ def test_training_text_comes_back_from_the_sequences(tmp_path):
     for batch in take(iter(data.train), 2 * data.sequences // 3):
         assert batch.shape == (3, 17) and batch.dtype == np.int32
         # A sequence may cut a character of several bytes at its ends.
-        assert all(
-            decode(data, row).strip("\N{REPLACEMENT CHARACTER}") in stream for row in batch
-        )
+        assert all(decode(data, row).strip("\N{REPLACEMENT CHARACTER}") in stream for row in batch)
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 7, 40])
@@ -267,9 +265,7 @@ def test_mistakes_name_the_flag(tmp_path, dataset):
             data_lib.load([str(path)], **settings)
         return str(caught.value)
 
-    assert "--data" in message(tmp_path / "missing.txt") and "missing.txt" in message(
-        "missing.txt"
-    )
+    assert "--data" in message(tmp_path / "missing.txt") and "missing.txt" in message("missing.txt")
     assert "no text found" in message(empty)
     assert "--seq-len 16" in message(short)
     assert "not UTF-8" in message(binary)

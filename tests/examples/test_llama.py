@@ -116,9 +116,7 @@ def test_parameters_are_stacked_and_named():
 def test_tied_head_is_the_embedding():
     graph, params = llama.create(CONFIGS["grouped_tied"], seed=0)
     assert "lm_head" not in params
-    untied_graph, untied = llama.create(
-        dataclasses.replace(CONFIGS["grouped_tied"], tied=False), 0
-    )
+    untied_graph, untied = llama.create(dataclasses.replace(CONFIGS["grouped_tied"], tied=False), 0)
     untied = params | {"lm_head": {"kernel": params["embed"]["embedding"].T}}
     ids = tokens(SMALL)
     np.testing.assert_allclose(

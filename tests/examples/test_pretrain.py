@@ -54,9 +54,7 @@ def checkpoint(name: str, step: int, config: config_lib.Config) -> dict:
     abstract = jax.eval_shape(lambda p: training.new_state(p, tx), params)
     manager = runs.checkpoint_manager(pathlib.Path(name), keep=10)
     assert manager.latest_step() == step
-    data = iter(
-        data_lib.load(config.data, vocab_size=300, seq_len=16, batch_size=4, seed=0).train
-    )
+    data = iter(data_lib.load(config.data, vocab_size=300, seq_len=16, batch_size=4, seed=0).train)
     state = runs.restore(manager, pathlib.Path(name), abstract, data)
     manager.close()
     return {"state": state, "data": data.get_state()}
@@ -66,9 +64,7 @@ def checkpoint(name: str, step: int, config: config_lib.Config) -> dict:
 
 
 def test_run_learns_and_leaves_a_folder(folder, capsys):
-    assert (
-        run("--steps", "60", "--run-dir", "one", "--prompt", "alpha", "--accumulate", "2") == 0
-    )
+    assert run("--steps", "60", "--run-dir", "one", "--prompt", "alpha", "--accumulate", "2") == 0
     out = capsys.readouterr().out
     assert "blocks/mlp/up/kernel" in out.replace(".", "/").replace("']['", "/")  # The summary.
     assert "sample:\nalpha" in out
@@ -134,9 +130,7 @@ def test_resume_takes_lost_steps_again(folder):
     assert run(*flags, "--run-dir", "died", "--stop-at", "8") == 0
     lost = metrics("whole")[8:11]
     with pathlib.Path("died/metrics.jsonl").open("a") as file:
-        file.write(
-            "".join(json.dumps(row | {"loss": 0.0}) + "\n" for row in lost) + '{"step": 1'
-        )
+        file.write("".join(json.dumps(row | {"loss": 0.0}) + "\n" for row in lost) + '{"step": 1')
     assert pretrain.main(["--resume", "died", "--sample-tokens", "0"]) == 0
     assert metrics("died") == metrics("whole")
     # Once more: there is nothing left to do, and nothing changes.
@@ -177,9 +171,7 @@ def test_accumulation_adds_bfloat16_gradients_in_float32():
         step = training.make_train_step(graph, tx, optax.constant_schedule(0.1), accumulate)
         state, figures = step(training.new_state(params, tx), np.repeat(row, rows, axis=0))
         norms.append(float(figures["grad_norm"]))
-        assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {
-            jnp.dtype("bfloat16")
-        }
+        assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("bfloat16")}
     # The plain norm is itself of bfloat16 gradients.
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
 
