@@ -67,7 +67,7 @@ class Config:
     """What becomes of the moments at a refresh."""
     stagger: bool = False
     """Spread the refreshes over the steps between two of them."""
-    projector_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
+    projector_dtype: Literal["float32", "bfloat16"] | None = None
     """Number format the projectors are kept in."""
 
     # Numbers.

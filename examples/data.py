@@ -73,9 +73,7 @@ def read_documents(paths: Sequence[str]) -> list[str]:
         if root.is_file():
             text = read_text(root)
             if text is None:
-                raise UserError(
-                    f"--data: {name!r} is not UTF-8 text. Convert it, or leave it out."
-                )
+                raise UserError(f"--data: {name!r} is not UTF-8 text. Convert it, or leave it out.")
             documents.append(text)
             continue
         for path in sorted(root.rglob("*")):
@@ -100,9 +98,7 @@ def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     unique = sorted({text for text in documents if text.strip()}, key=bpe.digest)
     if not unique:
-        raise UserError(
-            "--data: no text found. Give UTF-8 text files, or folders that hold some."
-        )
+        raise UserError("--data: no text found. Give UTF-8 text files, or folders that hold some.")
     if len(unique) == 1:
         cut = int(len(unique[0]) * (1 - VALIDATION_SHARE))
         return [unique[0][:cut]], [unique[0][cut:]]
@@ -199,9 +195,7 @@ def load(
       cache_dir: folder for the trained tokenizer, the user's cache directory by default.
     """
     if vocab_size < bpe.SMALLEST_VOCAB:
-        raise UserError(
-            f"--vocab-size: at least {bpe.SMALLEST_VOCAB} (every byte, end of text)."
-        )
+        raise UserError(f"--vocab-size: at least {bpe.SMALLEST_VOCAB} (every byte, end of text).")
     cache = bpe.cache_root(cache_dir)
     if len(paths) == 1 and is_dataset_name(paths[0]):
         from examples import streaming  # Only here: `datasets` takes a second to import.

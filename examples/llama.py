@@ -43,9 +43,7 @@ class LlamaConfig:
                 f"hidden={self.hidden} must be heads={self.heads} times an even head size."
             )
         if self.heads % self.num_kv_heads:
-            raise ValueError(
-                f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}."
-            )
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
 
     @property
     def num_kv_heads(self) -> int:
@@ -199,9 +197,7 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         one_per_layer = nnx.split_rngs(splits=config.layers)
-        self.blocks = one_per_layer(nnx.vmap(lambda layer_rngs: Block(config, layer_rngs)))(
-            rngs
-        )
+        self.blocks = one_per_layer(nnx.vmap(lambda layer_rngs: Block(config, layer_rngs)))(rngs)
         self.final_norm = rms_norm(config, rngs)
         if not config.tied:
             self.lm_head = linear(config, config.hidden, config.vocab_size, rngs)

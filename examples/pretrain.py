@@ -143,9 +143,7 @@ def train(config: Config) -> dict[str, float]:
         save_due = step % config.save_every == 0 or step == stop
         if not (last or eval_due or save_due or step % config.log_every == 0):
             continue
-        rows = [
-            {k: v if isinstance(v, int) else float(v) for k, v in r.items()} for r in pending
-        ]
+        rows = [{k: v if isinstance(v, int) else float(v) for k, v in r.items()} for r in pending]
         speed = len(rows) * step_tokens / (time.perf_counter() - logged)
         if not math.isfinite(rows[-1]["loss"]):
             raise UserError(

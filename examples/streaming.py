@@ -132,9 +132,7 @@ def load(
     tokenizer = bpe.cached(list(texts(train, TOKENIZER_DOCUMENTS)), vocab_size, cache)
     held_out = bpe.encode_all(tokenizer, list(texts(validation, VALIDATION_DOCUMENTS)))
     if len(held_out) < 2:
-        raise UserError(
-            f"--data: the validation text of {name!r} is empty. Give a larger dataset."
-        )
+        raise UserError(f"--data: the validation text of {name!r} is empty. Give a larger dataset.")
     stream = PackedStream(train, lambda text: bpe.encode(tokenizer, text), seq_len, seed)
     shuffled = grain.experimental.WindowShuffleIterDataset(
         stream, window_size=SHUFFLE_WINDOW, seed=seed

@@ -53,9 +53,7 @@ def train(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def cached(
-    documents: Sequence[str], vocab_size: int, root: pathlib.Path
-) -> tokenizers.Tokenizer:
+def cached(documents: Sequence[str], vocab_size: int, root: pathlib.Path) -> tokenizers.Tokenizer:
     """The tokenizer of these documents: read from `root`, or trained and left there."""
     path = root / f"bpe-{cache_key(documents, vocab_size)}.json"
     if not path.exists():

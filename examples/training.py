@@ -49,9 +49,7 @@ def make_train_step(
 
         def add(total, microbatch):
             part = jax.value_and_grad(loss_fn)(params, microbatch)
-            return jax.tree.map(
-                lambda t, p: t + p.astype(t.dtype) / accumulate, total, part
-            ), None
+            return jax.tree.map(lambda t, p: t + p.astype(t.dtype) / accumulate, total, part), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         # Every accumulate-th row, so that a batch sharded over devices stays sharded.
