@@ -2,11 +2,11 @@
 
     python -m benchmarks.projectors
 
-A small LLaMA (width 512, so the matrices are those of LLaMA-60M) is trained on the Python
-standard library; at refresh steps each method computes the projectors of the same gradients,
-the warm-started one from its own projector of T steps before. Captured energy is
-||P^T G||^2 over that of the leading singular vectors. The library's default method is the
-fastest whose energy is at least 0.999 everywhere.
+A LLaMA with the matrices of each of the paper's models asked for, but few layers and a small
+vocabulary, is trained on the Python standard library; at refresh steps each method computes the
+projectors of the same gradients, the warm-started one from its own of T steps before. Captured
+energy is ||P^T G||^2 over that of the leading singular vectors. The library's default has to
+keep 0.999 of it here and on the slowly falling spectra of `benchmarks.optimizer_step`.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from benchmarks import report
 from examples import data, llama
 from galore_jax.basis import METHODS
 
-RANK, LEAST = 128, 0.999
+LEAST = 0.999
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
-def training_gradients(steps, gap, layers):
+def training_gradients(model, steps, gap, layers):
     """Train with AdamW; yield the gradients of the blocks' kernels at steps 0, T, 2T, ..."""
-    config = dataclasses.replace(llama.CONFIGS["60m"], layers=layers, vocab_size=1024)
+    config = dataclasses.replace(llama.CONFIGS[model], layers=layers, vocab_size=1024)
     graph, params = llama.create(config, seed=0)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = tx.init(params)
@@ -64,35 +64,48 @@ def training_gradients(steps, gap, layers):
             }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--gap", type=int, default=20, help="T, between two refreshes")
-    parser.add_argument("--layers", type=int, default=2)
-    args = parser.parse_args()
-
+def measure(model, args):
+    """Seconds by method and shape, and shares of the energy by method."""
+    rank = llama.RECIPES[model].rank
     compiled = {
         name: jax.jit(
-            lambda a, old, seed, method=method: method(a, RANK, old, lambda: jax.random.key(seed))
+            lambda a, old, seed, method=method: method(a, rank, old, lambda: jax.random.key(seed))
         )
         for name, method in METHODS.items()
     }
-    energies = jax.jit(lambda a: jnp.cumsum(jnp.linalg.svd(a, compute_uv=False) ** 2)[RANK - 1])
+    energy = jax.jit(lambda a: jnp.cumsum(jnp.linalg.svd(a, compute_uv=False) ** 2)[rank - 1])
     bases, times, shares = {}, {m: {} for m in METHODS}, {m: [] for m in METHODS}
-    for refresh, grads in enumerate(training_gradients(args.steps, args.gap, args.layers)):
+    gradients = training_gradients(model, args.steps, args.gap, args.layers)
+    for refresh, grads in enumerate(gradients):
         for path, g in grads.items():
             a = g if g.shape[0] <= g.shape[1] else g.T
-            best = float(energies(a))
+            best = float(energy(a))
             for name, function in compiled.items():
-                old = bases.get((name, path), jnp.eye(a.shape[0], RANK))
+                old = bases.get((name, path), jnp.eye(a.shape[0], rank))
                 jax.block_until_ready(function(a, old, refresh))
                 start = time.perf_counter()
                 p = jax.block_until_ready(function(a, old, refresh))
-                shape = "x".join(map(str, a.shape))
+                shape = f"{'x'.join(map(str, a.shape))} [{rank}]"
                 times[name].setdefault(shape, []).append(time.perf_counter() - start)
                 shares[name].append(float(jnp.sum((p.T @ a) ** 2)) / best)
                 bases[name, path] = p
+    return times, shares
 
+
+def main():
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["60m", "350m"])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--gap", type=int, default=20, help="T, between two refreshes")
+    parser.add_argument("--layers", type=int, default=1)
+    args = parser.parse_args()
+
+    times, shares = {m: {} for m in METHODS}, {m: [] for m in METHODS}
+    for model in args.models:
+        more_times, more_shares = measure(model, args)
+        for m in METHODS:
+            times[m].update(more_times[m])
+            shares[m] += more_shares[m]
     seconds = {
         m: {shape: statistics.median(t) for shape, t in by_shape.items()}
         for m, by_shape in times.items()
@@ -113,7 +126,6 @@ def main():
         {
             "command": "python -m benchmarks.projectors",
             "arguments": vars(args),
-            "rank": RANK,
             "seconds": seconds,
             "median_energy_over_svd": median,
             "least_energy_over_svd": least,
