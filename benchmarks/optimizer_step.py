@@ -14,6 +14,8 @@ from typing import Any
 
 # Waiting OpenBLAS threads spin; on a shared machine they slow everybody's decompositions down.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import jax
 import jax.numpy as jnp
@@ -55,24 +57,26 @@ def optimizers():
 
 
 class JaxStep:
-    """A compiled, donated training step that keeps its state, at any count."""
+    """A compiled, donated training step that keeps its state."""
 
     def __init__(self, tx, grads, params):
-        def step(state, params):
+        def step(grads, state, params):
             updates, state = tx.update(grads, state, params)
             return state, optax.apply_updates(params, updates)
 
-        self.params = jax.tree.map(jnp.array, params)
+        self.grads, self.params = grads, jax.tree.map(jnp.array, params)
         self.state = jax.jit(tx.init)(self.params)
-        self.fresh = jax.tree.map(np.asarray, self.state)
-        self.step = jax.jit(step, donate_argnums=(0, 1))
+        self.step = jax.jit(step, donate_argnums=(1, 2))
 
     def plain(self):
-        self.state, self.params = self.step(self.state, self.params)
+        self.state, self.params = self.step(self.grads, self.state, self.params)
         return self.params
 
     def refresh(self):
-        self.state = jax.tree.map(jnp.asarray, self.fresh)  # count 0 again
+        def rewound(x):
+            return jnp.zeros_like(x) if x.dtype == jnp.int32 else x
+
+        self.state = jax.tree.map(rewound, self.state)
         return self.plain()
 
 

@@ -73,8 +73,10 @@ def per_leaf(leaves: Sequence[Leaf], x: jax.Array) -> list[jax.Array]:
     return [piece.reshape(leaf.batch) for leaf, piece in zip(leaves, pieces, strict=True)]
 
 
+# Under jit, so that without an outer one the conditional is not compiled anew at every step.
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def refresh(
-    leaves: Sequence[Leaf],
+    leaves: tuple[Leaf, ...],
     grads: Sequence[jax.Array],
     projectors: Sequence[jax.Array],
     count: jax.Array,

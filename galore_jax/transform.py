@@ -255,7 +255,7 @@ def galore(
 
         # Project.
         when = schedule(leaves, state.count, update_proj_gap, stagger)
-        new = refresh(leaves, grads, old, state.count, when, METHODS[method], stagger)
+        new = refresh(tuple(leaves), grads, old, state.count, when, METHODS[method], stagger)
         low_grads = where.put(map(project, leaves, new, grads), jax.tree.map(_wide, updates))
 
         # Update in the subspace. The inner optimizer meets zeros for projected weights.
