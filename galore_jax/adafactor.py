@@ -57,6 +57,11 @@ def scale_by_factored_rms(
     References:
         Shazeer et al., `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018
     """
+    if isinstance(min_dim_size_to_factor, jax.Array):
+        raise TypeError(
+            "min_dim_size_to_factor decides shapes, so it must be a Python int. Under "
+            "optax.inject_hyperparams pass static_args=('rank', 'min_dim_size_to_factor')"
+        )
 
     def is_factored(x) -> bool:
         return factored and x.ndim >= 2 and min(x.shape[-2:]) >= min_dim_size_to_factor
@@ -224,7 +229,7 @@ def galore_adafactor(
         weights, treedef = jax.tree.flatten(bare(params))
         scales = []
         for leaf, w in zip(plan(bare(params), rank=rank, **plan_options), weights, strict=True):
-            matrices = leaf.to_matrix(w) if isinstance(leaf, Leaf) else w
+            matrices = leaf.to_matrix(w) if isinstance(leaf, Leaf) else jnp.asarray(w)
             wide = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
             scales.append(jnp.maximum(_rms(wide), _MIN_PARAM_SCALE))
         param_rms = treedef.unflatten(scales)

@@ -90,6 +90,10 @@ def galore_adamw(
     References:
         Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024
     """
+    if nesterov and options.get("moments") == "reset":
+        raise ValueError(
+            "moments='reset' cannot correct the bias of nesterov=True; use 'rotate' or 'keep'"
+        )
     inner = optax.adamw(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )

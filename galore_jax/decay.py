@@ -7,6 +7,7 @@ part to lift; the derivative `c` is the part to apply to the full weight.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,10 @@ def split_affine(
 ) -> tuple[LowRank, Any, list[jax.Array] | None]:
     """Split an inner update into its value at zero parameters and its slope in them.
 
+    The slope is taken to be one number for a matrix, as a decay is.
+
     Args:
-        update: from low-rank parameters to (low-rank updates, anything else).
+        update: from low-rank parameters to (low-rank updates, (all updates, next state)).
         like: arrays of the low-rank shapes and dtypes, one a projected leaf.
         paths: the leaves' paths, for the error message.
 
@@ -43,24 +46,41 @@ def split_affine(
     # Traced once, evaluated once: the jaxpr tells whether the slope depends on the direction
     # (is there any?) and on the point (then it is no constant, and the update not affine).
     traced, shapes = jax.make_jaxpr(with_slope, return_shape=True)(like, like)
-    out, slope, rest = (jax.tree.structure(s) for s in shapes)
-    wanted = [False] * out.num_leaves + [True] * slope.num_leaves + [False] * rest.num_leaves
-    _, used = pe.dce_jaxpr(traced.jaxpr, wanted)
-    if any(used[: len(like)]):
+    out, slope, (others, next_state) = shapes
+    sizes = [len(jax.tree.leaves(x)) for x in (out, slope, others, next_state)]
+
+    def uses(*which):
+        """Whether the outputs of the kinds named use each low-rank parameter and direction."""
+        wanted = [i in which for i, size in enumerate(sizes) for _ in range(size)]
+        used = pe.dce_jaxpr(traced.jaxpr, wanted)[1]
+        return used[: len(like)], used[len(like) :]
+
+    if any(bent := uses(1)[0]):
         raise ValueError(
             "galore: the inner optimizer's update is not affine in params, as decoupled weight "
-            f"decay would be (seen with leaf '{paths[0]}'), so its use of params cannot be "
+            f"decay would be (leaf '{paths[bent.index(True)]}'), so its use of params cannot be "
             "carried out of the subspace. Trust ratios and parameter scales (lamb, lars, "
             "adafactor) are of this kind. Put such a link outside, as in optax.chain(galore("
             "optax.scale_by_adam(), rank=...), optax.scale_by_trust_ratio(), ...), or use "
             "galore_jax.galore_adafactor"
         )
+    if any(kept := uses(3)[0]):
+        warnings.warn(
+            "galore: the inner optimizer feeds params into its moments (leaf "
+            f"'{paths[kept.index(True)]}'), as L2 regularisation and novograd do. Those lie in the "
+            "subspace, so the weights decay by their part in each step's update alone. For decay "
+            "that is right use an optimizer that applies it after the moments, as optax.adamw",
+            UserWarning,
+            stacklevel=2,
+        )
     zeros, ones = map(jnp.zeros_like, like), map(jnp.ones_like, like)
     flat = jex.core.jaxpr_as_fun(traced)(*zeros, *ones)
-    values = [
-        jax.tree.unflatten(s, [next(it) for _ in range(s.num_leaves)])
-        for it in [iter(flat)]
-        for s in (out, slope, rest)
-    ]
-    slopes = [c[..., 0, 0] for c in values[1]] if any(used[len(like) :]) else None
-    return values[0], values[2], slopes
+    at_zero, slope, rest = jax.tree.unflatten(jax.tree.structure(shapes), flat)
+    slopes = [c[..., 0, 0] for c in slope] if any(uses(1)[1]) else None
+    return at_zero, rest, slopes
+
+
+def reads_params(init: Callable[[LowRank], Any], like: LowRank) -> list[bool]:
+    """Whether an inner `init` uses the values of each low-rank parameter."""
+    traced = jax.make_jaxpr(init)(like).jaxpr
+    return pe.dce_jaxpr(traced, [True] * len(traced.outvars))[1]

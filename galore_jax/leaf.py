@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_jax import specs
@@ -25,8 +27,8 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 # The paper projects attention and MLP matrices. Scales and biases of stacked layers are
 # 2-D, (layers, features), but no matrices.
 DEFAULT_EXCLUDE = (
-    r"(?i)embed|norm|(^|/)"
-    r"(bias|scale|wte|wpe|vocab|(lm_?)?head|logits?(_?dense)?|score|classifier)(/|$)"
+    r"(?i)embed|(^|/)([^/]*norm(_?\d+)?|([^/]*_)?emb|"
+    r"bias|scale|wte|wpe|vocab|(lm_?)?head|logits?(_?dense)?|score|classifier)(/|$)"
 )
 
 # Below this many numbers a leaf that stays unprojected is not worth a warning.
@@ -166,16 +168,28 @@ def bare(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable)
 
 
-def owner(path: Sequence[Any], names: dict[tuple[str, ...], int]) -> int | None:
-    """Which parameter an array of an optimizer state belongs to, by the end of its path."""
-    keys = specs.keys(path)
-    return next((names[keys[i:]] for i in range(len(keys) + 1) if keys[i:] in names), None)
+def owners(
+    init: Callable[[optax.Params], optax.OptState], state: optax.OptState, params: optax.Params
+) -> dict[int, int]:
+    """Which parameter each array of an optimizer's state belongs to.
 
+    Found as `optax.tree.map_params` does, by an init over placeholders, rather than by name: a
+    parameter may be called `mu` or `count`.
 
-def owners(params: optax.Params) -> dict[tuple[str, ...], int]:
-    """Position of each parameter by its path, for `owner`."""
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    return {specs.keys(path): i for i, (path, _) in enumerate(paths)}
+    Returns:
+        Positions of parameters by `id` of the state's arrays; absent for arrays of no leaf.
+    """
+    treedef = jax.tree.structure(params)
+    positions = treedef.unflatten(range(treedef.num_leaves))
+    found: dict[int, int] = {}
+    optax.tree.map_params(
+        init,
+        lambda x, i: found.setdefault(id(x), i),
+        state,
+        positions,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    return found
 
 
 def plan(
@@ -189,7 +203,7 @@ def plan(
     """Decide for each leaf of `params`, in flattening order, what becomes of it."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     found = specs.specs(params, weight_dimension_numbers)
-    excluded = re.compile(exclude) if exclude is not None else None
+    excluded = None if exclude is None else re.compile(exclude)
     return [
         _plan_leaf(specs.path_string(path), x, spec, rank, proj_type, excluded)
         for (path, x), spec in zip(leaves, found, strict=True)
@@ -222,6 +236,8 @@ def _warn(message: str) -> None:
 
 def _plan_leaf(path, x, spec, rank, proj_type, excluded) -> Leaf | Unprojected:
     shape = jnp.shape(x)
+    if math.prod(shape) == 0:
+        return Unprojected(path, shape, "empty")
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         return Unprojected(path, shape, f"{jnp.result_type(x)} is not a real floating dtype")
     if excluded is not None and excluded.search(path):
@@ -264,14 +280,17 @@ def check_rank(rank: Any, where: str = "") -> None:
             "Under optax.inject_hyperparams pass static_args=('rank',)"
         )
     good = callable(rank) or (
-        not isinstance(rank, bool)
-        and ((isinstance(rank, int) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1))
+        not isinstance(rank, bool | np.bool_)
+        and (
+            (isinstance(rank, numbers.Integral) and int(rank) >= 1)
+            or (isinstance(rank, float | np.floating) and 0 < rank < 1)
+        )
     )
     if not good:
-        error = ValueError if isinstance(rank, (int, float)) else TypeError
+        error = ValueError if isinstance(rank, numbers.Real) else TypeError
         raise error(
             f"rank{where} must be a positive int, a fraction of the smaller side in (0, 1) or a "
-            f"callable (path, shape) -> int, got {rank!r}"
+            f"callable (path, shape) -> either, got {rank!r}"
         )
 
 
@@ -281,4 +300,4 @@ def _rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int:
         if callable(rank):
             raise TypeError(f"rank for leaf '{path}' must be a number, got {rank!r}")
         check_rank(rank, f" for leaf '{path}' {shape}")
-    return max(1, int(rank * smaller)) if isinstance(rank, float) else rank
+    return max(1, int(rank * smaller)) if rank < 1 else int(rank)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.leaf import Leaf, Plan, Sites, owner, owners
+from galore_jax.leaf import Leaf, Plan, Sites, owners
 from galore_jax.projection import bases, contract
 from galore_jax.refresh import Schedule, per_leaf
 
@@ -35,13 +35,12 @@ class Decay(NamedTuple):
     b2: jax.Array | None
 
 
-def check(inner_state: Any, params: Any, plan: Plan, moments: str) -> None:
+def check(init: Any, inner_state: Any, params: Any, plan: Plan, moments: str) -> None:
     """Raise when the inner state holds low-rank arrays that no rule is known for."""
-    names = owners(params)
+    owner = owners(init, inner_state, params)
     known = {id(x) for node in _nodes(inner_state) for x in jax.tree.leaves(_moment_trees(node))}
     for path, x in jax.tree_util.tree_leaves_with_path(inner_state):
-        at = owner(path, names)
-        leaf = None if at is None else plan[at]
+        leaf = plan[owner[id(x)]] if id(x) in owner else None
         if isinstance(leaf, Leaf) and (id(x) not in known or jnp.shape(x) != leaf.low_rank_shape):
             raise ValueError(
                 f"moments='{moments}' knows states with fields mu, nu or trace of the gradient's "
@@ -139,7 +138,7 @@ def _reset_correction(inner_state, next_state, where: Sites, when: Schedule):
     averages of k gradients. Adam's update is off by the factor
     `(1 - b1^t) / (1 - b1^k) * sqrt((1 - b2^k) / (1 - b2^t))`: steps up to six times too large.
     """
-    factors = None
+    factors: list[Any] = [None] * len(where.leaves)
     decays = _decay_rates(inner_state, next_state, where)
     for node in _nodes(inner_state):
         b1, b2 = next(decays)
@@ -148,8 +147,16 @@ def _reset_correction(inner_state, next_state, where: Sites, when: Schedule):
         t = node.count + 1
         k = jnp.minimum(when.age, t)
         ours = (1 - b1**t) / (1 - b1**k) * jnp.sqrt((1 - b2**k) / (1 - b2**t))
-        factors = ours if factors is None else factors * ours
-    return None if factors is None else per_leaf(where.leaves, factors)
+        held = [isinstance(x, jax.Array) for x in where.pick(_moment_trees(node)[_SECOND])]
+        for i, f in enumerate(per_leaf(where.leaves, ours)):
+            if held[i]:
+                factors[i] = f if factors[i] is None else factors[i] * f
+    if all(f is None for f in factors):
+        return None
+    return [
+        jnp.ones(leaf.batch) if f is None else f
+        for leaf, f in zip(where.leaves, factors, strict=True)
+    ]
 
 
 def _is_node(x: Any) -> bool:

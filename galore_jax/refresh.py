@@ -34,7 +34,8 @@ _emitting: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
 @contextlib.contextmanager
 def only_if(emitting: jax.Array):
     """Let updates within refresh only where `emitting`: their result is dropped elsewhere."""
-    token = _emitting.set(emitting)
+    outer = _emitting.get()  # of a MultiSteps around this one
+    token = _emitting.set(emitting if outer is None else outer & emitting)
     try:
         yield
     finally:
@@ -57,7 +58,10 @@ def schedule(
     Step 0 refreshes every matrix in both cases: there is no projector to go on with.
     """
     total = sum(_sizes(leaves))
-    offset = jnp.arange(total, dtype=jnp.int32) * update_proj_gap // total if stagger else 0
+    offset = 0
+    if stagger:  # floor(j T / K) without the overflow of j T
+        j = jnp.arange(total, dtype=jnp.int32)
+        offset = j * (update_proj_gap // total) + j * (update_proj_gap % total) // total
     phase = jnp.where(count < offset, count, (count - offset) % update_proj_gap)
     due = (phase == 0) & ((count >= offset) | (count == 0))
     any_due = jnp.any(due)
@@ -153,6 +157,9 @@ def _refresh_together(leaves, grads, projectors, due, count, method, stagger) ->
             finite = jnp.all(jnp.isfinite(g))
             # LAPACK may never return from a matrix with infinities or NaNs in it.
             g = jnp.where(finite, g, 0)
+            # Nor may its Gram matrix over- or underflow: bases do not depend on the scale.
+            largest = jnp.max(jnp.abs(g))
+            g = g / jnp.where(largest > 0, largest, 1)
             new = _basis(leaf, g, slot["old"].astype(leaf.dtype), key, method)
             usable = finite & jnp.all(jnp.isfinite(new))
             return jnp.where(usable, new.astype(slot["old"].dtype), slot["old"])

@@ -6,6 +6,8 @@ axes are stacked matrices.
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +25,9 @@ def last_two_axes(params: optax.Params) -> Any:
     Args:
         params: tree of parameters (only shapes are read).
 
+    Raises:
+        TypeError: for a scalar, as from `optax.inject_hyperparams`.
+
     Returns:
         A tree with `optax.contrib.GaLoreDimensionNumbers(-2, -1)` for each leaf of two or
         more axes and None elsewhere, for `weight_dimension_numbers=`.
@@ -32,6 +37,11 @@ def last_two_axes(params: optax.Params) -> Any:
         >>> galore_jax.last_two_axes({"kernel": jnp.ones((3, 8, 16)), "bias": jnp.ones(16)})
         {'bias': None, 'kernel': GaLoreDimensionNumbers(reduction_axis=-2, output_axis=-1)}
     """
+    if isinstance(params, jax.Array) and params.ndim == 0:
+        raise TypeError(
+            "last_two_axes takes parameters and got a scalar. optax.inject_hyperparams takes "
+            "callables for schedules: pass static_args=('rank', 'weight_dimension_numbers')"
+        )
     spec = optax.contrib.GaLoreDimensionNumbers(-2, -1)
     return jax.tree.map(lambda p: spec if jnp.ndim(p) >= 2 else None, params)
 
@@ -65,7 +75,7 @@ def specs(params: optax.Params, given: Any) -> Iterator[Any]:
                 f"or None, got {spec!r} at '{path_string(path)}'"
             )
         by_path[keys(path)] = spec
-    unused = set(by_path)
+    unused = {path for path, spec in by_path.items() if _is_spec(spec)}
     found = []
     for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked):
         at = keys(path)
@@ -81,7 +91,6 @@ def specs(params: optax.Params, given: Any) -> Iterator[Any]:
             )
         spec = by_path[prefix]
         found.append(spec if _is_spec(spec) else Skip())
-    # A subtree that holds no parameter (an empty dict, a masked branch) needs no match.
     if unused and leaves and not _has_masked(params):
         raise ValueError(
             "weight_dimension_numbers has entries that match no parameter: "
@@ -108,7 +117,14 @@ def axes(path: str, shape: tuple[int, ...], spec: Any):
 
     def normalise(name):
         axes = getattr(spec, name)
-        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        try:
+            axes = (axes,) if isinstance(axes, numbers.Integral) else tuple(axes)
+            axes = tuple(map(operator.index, axes))
+        except TypeError:
+            raise TypeError(
+                f"weight_dimension_numbers: {name} must be an int or ints, got {axes!r} for leaf "
+                f"'{path}' of shape {shape}"
+            ) from None
         for a in axes:
             if not -len(shape) <= a < len(shape):
                 raise ValueError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.leaf import Leaf, bare, owner, owners
+from galore_jax.leaf import Leaf, owners
 from galore_jax.transform import GaLoreState, Record, recording
 
 
@@ -65,10 +65,10 @@ class Summary:
 def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     """Table of what `galore` projects and of the bytes it keeps.
 
-    By leaf and in total: shape, projected side (`in` for inputs, `out` for outputs) and rank,
-    or why the leaf is not projected; bytes of the weights, of the projector and of the inner
-    state; and `full`, the bytes that the same inner optimizer would keep without GaLore. It
-    computes shapes alone, so a 7B model can be summarised on a laptop.
+    For the leaves that reach `galore`, and in total: shape, projected side (`in` for inputs,
+    `out` for outputs) and rank, or why the leaf is not projected; bytes of the weights, of the
+    projector and of the inner state; and `full`, the bytes that the same inner optimizer would
+    keep without GaLore. It computes shapes alone, so a 7B model can be summarised on a laptop.
 
     Args:
         tx: a transformation with `galore` in it: an alias, a chain, inside MultiSteps, ...
@@ -100,7 +100,10 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     if not records or not found:
         raise ValueError("summary: there is no galore in this transformation")
     rows, other, other_full = [], 0, 0
-    for record, galore_state in zip(records, found, strict=True):
+    for galore_state in found:
+        # States come in the order of the tree, records in that of the inits.
+        record = next(r for r in records if _fits(r, galore_state))
+        records.remove(record)
         more, rest, rest_full = _rows(record, galore_state)
         rows += more
         other += rest
@@ -111,12 +114,21 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     return Summary(tuple(rows), Row("total", None, "", None, **sums))
 
 
+def _fits(record: Record, state: GaLoreState) -> bool:
+    try:
+        stored = jax.tree.structure(record.params).flatten_up_to(state.projector)
+    except ValueError:  # the tree of another galore
+        return False
+    wanted = [getattr(leaf, "projector_shape", None) for leaf in record.plan]
+    return wanted == [getattr(p, "shape", None) for p in stored]
+
+
 def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
     """Rows of one galore, and the bytes of its state that belong to no leaf."""
-    params, names = bare(record.params), owners(bare(record.params))
-    inner, rest = _state_bytes(state.inner_state, names)
-    full, rest_full = _state_bytes(jax.eval_shape(record.inner.init, params), names)
-    projector, _ = _state_bytes(state.projector, names)
+    init, params = record.inner.init, record.params
+    inner, rest = _state_bytes(init, state.inner_state, params)
+    full, rest_full = _state_bytes(init, jax.eval_shape(init, params), params)
+    stored = jax.tree.structure(params).flatten_up_to(state.projector)
     rows = []
     for i, (leaf, w) in enumerate(zip(record.plan, jax.tree.leaves(params), strict=True)):
         projected = isinstance(leaf, Leaf)
@@ -127,7 +139,7 @@ def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
                 side=leaf.side if projected else leaf.reason,
                 rank=leaf.rank if projected else None,
                 weights=_nbytes(w),
-                projector=projector.get(i, 0),
+                projector=_nbytes(stored[i]) if projected else 0,
                 inner_state=inner.get(i, 0),
                 without_galore=full.get(i, 0),
             )
@@ -135,15 +147,14 @@ def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
     return rows, rest + _nbytes(state.count), rest_full
 
 
-def _state_bytes(state: Any, names: dict[tuple[str, ...], int]) -> tuple[dict[int, int], int]:
-    by_leaf: dict[int, int] = {}
-    rest = 0
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
-        at = owner(path, names)
-        if at is None:
-            rest += _nbytes(x)
-        else:
+def _state_bytes(init: Any, state: Any, params: Any) -> tuple[dict[int, int], int]:
+    owner, by_leaf, rest = owners(init, state, params), {}, 0
+    for x in jax.tree.leaves(state):
+        if id(x) in owner:
+            at = owner[id(x)]
             by_leaf[at] = by_leaf.get(at, 0) + _nbytes(x)
+        else:
+            rest += _nbytes(x)
     return by_leaf, rest
 
 

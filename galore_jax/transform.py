@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import numbers
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypedDict
 
@@ -21,7 +22,7 @@ import optax
 from galore_jax import leaf as leaf_lib
 from galore_jax import moments as moments_lib
 from galore_jax.basis import METHODS
-from galore_jax.decay import split_affine
+from galore_jax.decay import reads_params, split_affine
 from galore_jax.leaf import DEFAULT_EXCLUDE, PROJ_TYPES, Leaf, Plan, Rank, bare
 from galore_jax.projection import default_projector, lift, project
 from galore_jax.refresh import refresh, schedule
@@ -115,7 +116,8 @@ def galore(
     `optax.chain(galore(rank=128), optax.adamw(1e-3))`: both give the same updates, see
     `galore_jax.chain`. The inner optimizer computes in float32 (float64 for float64
     parameters) whatever the parameters' dtype, so its moments are float32 unless it asks
-    for another dtype itself; updates come back in the parameters' dtype.
+    for another dtype itself; updates come back in the parameters' dtype (the gradients' where
+    `update` gets no params).
 
     `proj_type` names sides as galore-torch does, whose weights are stored (out, in):
 
@@ -190,6 +192,9 @@ def galore(
     """
     leaf_lib.check_rank(rank)
     _check_gap(update_proj_gap)
+    _check_scale(scale)
+    _check_exclude(exclude)
+    _check_choice("stagger", stagger, (True, False))
     _check_choice("proj_type", proj_type, PROJ_TYPES)
     _check_choice("method", method, tuple(METHODS))
     _check_choice("moments", moments, moments_lib.POLICIES)
@@ -238,9 +243,20 @@ def galore(
         dtypes = [stored_dtype or leaf.dtype for leaf in where.leaves]
         projectors = map(default_projector, where.leaves, dtypes)
         low_params = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in where.leaves]
-        inner_state = inner_tx.init(where.put(low_params, jax.tree.map(_wide, params)))
+
+        def inner_init(low_params):
+            return inner_tx.init(where.put(low_params, jax.tree.map(_wide, params)))
+
+        for leaf, reads in zip(where.leaves, reads_params(inner_init, low_params), strict=True):
+            if reads:
+                raise ValueError(
+                    f"galore: the inner optimizer keeps the weights themselves in its state (leaf "
+                    f"'{leaf.path}'), as schedule-free ones do; the subspace does not show them. "
+                    "Put such a transformation around galore"
+                )
+        inner_state = inner_init(low_params)
         if moments != "keep":
-            moments_lib.check(inner_state, params, plan, moments)
+            moments_lib.check(inner_tx.init, inner_state, params, plan, moments)
         unprojected = jax.tree.map(lambda _: optax.MaskedNode(), params)
         return GaLoreState(
             jnp.zeros([], jnp.int32), where.put(projectors, unprojected), inner_state
@@ -248,6 +264,7 @@ def galore(
 
     def update_fn(updates, state, params=None, **extra_args):
         given, updates, params = updates, bare(updates), bare(params)
+        _check_update(updates, state, params)
         plan = make_plan(updates if params is None else params)
         where = leaf_lib.sites(plan, jax.tree.structure(updates))
         leaves, grads, old = where.leaves, where.pick(updates), where.pick(state.projector)
@@ -330,6 +347,30 @@ def _over(leaf: Leaf, per_matrix: jax.Array) -> jax.Array:
     return per_matrix.reshape(shape)
 
 
+def _check_update(updates: Any, state: Any, params: Any) -> None:
+    if not isinstance(state, GaLoreState):
+        raise TypeError(
+            f"galore's state must be a GaLoreState, got {type(state).__name__}. A checkpoint has "
+            "to be restored with a target: jax.eval_shape(tx.init, params)"
+        )
+    if params is None:
+        return
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(x)
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (updates, params)
+    ]
+    for path in {**shapes[1], **shapes[0]}:
+        g, w = (s.get(path, "absent") for s in shapes)
+        if g != w:
+            raise ValueError(
+                f"gradients and parameters do not match at leaf '{path}': the gradient's shape is "
+                f"{g}, the parameter's {w}"
+            )
+
+
 def _check_projectors(plan: Plan, stored: list[Any]) -> None:
     for leaf, p in zip(plan, stored, strict=True):
         wanted = leaf.projector_shape if isinstance(leaf, Leaf) else None
@@ -349,13 +390,29 @@ def _check_gap(gap: Any) -> None:
         return
     if not isinstance(gap, numbers.Integral) or isinstance(gap, bool):
         raise TypeError(f"update_proj_gap must be an int >= 1, got {gap!r}")
-    if gap < 1:
+    if int(gap) < 1:
         raise ValueError(f"update_proj_gap must be an int >= 1, got {gap}")
+    if int(gap) >= 2**31:
+        raise ValueError(f"update_proj_gap must be below 2^31, as steps are, got {gap}")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_scale(scale: Any) -> None:
+    if not isinstance(scale, numbers.Real | jax.Array | np.ndarray) or np.shape(scale):  # type: ignore[arg-type]
+        raise TypeError(f"scale must be a number, got {scale!r}")
+
+
+def _check_exclude(exclude: Any) -> None:
+    try:
+        re.compile(exclude if exclude is not None else "")
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"exclude must be a regular expression or None, got {exclude!r}: {error}"
+        ) from None
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def _projector_dtype(dtype: Any) -> Any:

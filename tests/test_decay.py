@@ -20,7 +20,6 @@ SHAPES = {"a": (12, 24), "b": (24, 12)}
         optax.lion(1e-2, weight_decay=0.3),
         optax.adan(1e-2, weight_decay=0.3),
         optax.nadamw(1e-2, weight_decay=0.3),
-        optax.novograd(1e-2, weight_decay=0.3),
         optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.3), optax.scale(-1e-2)),
         optax.inject_hyperparams(optax.adamw)(1e-2, weight_decay=0.3),
         optax.apply_if_finite(optax.adamw(1e-2, weight_decay=0.3), 3),
@@ -58,6 +57,39 @@ def test_without_decay_the_weights_are_not_read():
 
 
 @pytest.mark.parametrize(
+    "inner",
+    [
+        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
+        optax.novograd(1e-2, weight_decay=0.3),
+    ],
+)
+def test_decay_that_enters_the_moments_is_a_warning(inner):
+    params = params_like(SHAPES)
+    tx = galore_jax.galore(inner, rank=4)
+    with pytest.warns(UserWarning, match=r"feeds params into its moments \(leaf 'a'\)"):
+        tx.update(grads_like(params, 0), tx.init(params), params)
+
+
+def test_an_inner_that_keeps_the_weights_is_refused_at_init():
+    tx = galore_jax.galore(optax.contrib.schedule_free_adamw(1e-3), rank=4)
+    with pytest.raises(ValueError, match=r"keeps the weights themselves.*leaf 'a'"):
+        tx.init(params_like(SHAPES))
+    around = optax.contrib.schedule_free(galore_jax.galore(optax.sgd(1e-2), rank=4), 1e-2)
+    trained, _ = train(around, params_like(SHAPES), 3)
+    assert np.linalg.norm(trained["a"]) > 1
+
+
+def test_the_leaf_that_is_not_affine_is_named():
+    params = params_like(SHAPES)
+    inner = optax.partition(
+        {"plain": optax.adam(1e-2), "lamb": optax.lamb(1e-2)}, {"a": "plain", "b": "lamb"}
+    )
+    tx = galore_jax.galore(inner, rank=4)
+    with pytest.raises(ValueError, match=r"not affine.*leaf 'b'"):
+        tx.update(grads_like(params, 0), tx.init(params), params)
+
+
+@pytest.mark.parametrize(
     "inner", [optax.lamb(1e-2), optax.lars(1e-2), optax.adafactor(1e-2), optax.fromage(1e-2)]
 )
 def test_other_uses_of_params_are_refused(inner):
@@ -85,7 +117,9 @@ def test_split_of_a_function_written_out():
     like = [jnp.zeros((2, 3, 4)), jnp.zeros((3, 4))]
     with pytest.raises(TypeError):  # the rest has to be arrays
         split_affine(update, like, ["a", "b"])
-    at_zero, rest, slopes = split_affine(lambda w: (update(w)[0], {"n": 5.0}), like, ["a", "b"])
+    at_zero, (rest, _), slopes = split_affine(
+        lambda w: (update(w)[0], ({"n": 5.0}, 0)), like, ["a", "b"]
+    )
     np.testing.assert_allclose(at_zero[0], 1.0)
     np.testing.assert_allclose(at_zero[1], 2.0)
     np.testing.assert_allclose(slopes[0], [3.0, 3.0])

@@ -95,6 +95,8 @@ def test_a_matrix_with_nothing_to_save_is_left_alone():
         "decoder/norm/scale",
         "RMSNorm_0/scale",
         "attn/bias",
+        "input_layernorm/weight",
+        "token_emb/kernel",
     ],
 )
 def test_default_exclude_keeps_out(path):
@@ -113,6 +115,8 @@ def test_default_exclude_keeps_out(path):
         "mlp/up/w",
         "encoder/output/dense/kernel",
         "heads_proj/kernel",
+        "normalizer/mlp/kernel",
+        "enormous/kernel",
     ],
 )
 def test_default_exclude_lets_in(path):
@@ -226,3 +230,25 @@ def test_no_warning_where_all_is_well(recwarn):
     tx.init({"w": jnp.zeros((16, 16)), "bias": jnp.zeros(16), "conv": jnp.zeros((3, 3, 4, 4))})
     jax.eval_shape(tx.init, {})
     assert not recwarn
+
+
+def test_numpy_ranks_are_numbers_too():
+    params = {"a": jnp.zeros((8, 40))}
+    assert only(params, rank=np.int64(3))[0].rank == 3
+    assert only(params, rank=np.float32(0.25))[0].rank == 2
+    assert only(params, rank=lambda path, shape: np.minimum(*shape) // 4)[0].rank == 2
+
+
+def test_empty_and_absent_leaves():
+    params = {"e": jnp.zeros((0, 8, 12)), "none": None, "w": jnp.zeros((8, 12))}
+    specs = {"e": Spec(-2, -1), "none": None, "w": Spec(0, 1)}
+    empty, w = only(params, weight_dimension_numbers=specs)
+    assert isinstance(empty, Unprojected) and isinstance(w, Leaf)
+
+
+def test_a_callable_spec_under_inject_hyperparams_says_to_make_it_static():
+    tx = optax.inject_hyperparams(galore_jax.galore_adamw, static_args="rank")(
+        1e-2, rank=4, weight_dimension_numbers=galore_jax.last_two_axes
+    )
+    with pytest.raises(TypeError, match="static_args"):
+        tx.init({"w": jnp.zeros((3, 12, 24))})

@@ -139,3 +139,30 @@ def test_states_without_a_rule_are_refused_at_init(inner, field, moments):
     tx = galore_jax.galore(inner, rank=RANK, moments=moments)
     with pytest.raises(ValueError, match=rf"moments='{moments}'.*{field}.*leaf 'tall'"):
         tx.init(params_like(SHAPES))
+
+
+def test_reset_corrects_each_leaf_by_its_own_optimizer():
+    params = params_like(SHAPES)
+    labels = {"tall": "adam", "wide": "sgd"}
+    pair = {"adam": optax.adam(1e-2), "sgd": optax.sgd(1e-2)}
+    both = galore_jax.galore(
+        optax.partition(pair, labels), rank=RANK, update_proj_gap=GAP, moments="reset"
+    )
+    trained, _ = train(both, params, 8)
+    for k, label in labels.items():
+        alone = galore_jax.galore(pair[label], rank=RANK, update_proj_gap=GAP, moments="reset")
+        expected, _ = train(alone, params, 8)
+        np.testing.assert_allclose(trained[k], expected[k], rtol=1e-5)
+
+
+def test_reset_cannot_correct_nesterov():
+    with pytest.raises(ValueError, match="nesterov"):
+        adamw("reset", nesterov=True)
+
+
+@pytest.mark.parametrize("moments", ["reset", "rotate"])
+def test_parameters_may_be_called_like_fields_of_a_state(moments):
+    tx = adamw(moments)
+    params = {"count": jnp.ones((12, 24)), "mu": {"count": jnp.ones((24, 12))}}
+    assert tx.init(params).inner_state[0].mu["mu"]["count"].shape == (24, RANK)
+    assert tx.init(jnp.ones((12, 24))).inner_state[0].nu.shape == (RANK, 24)

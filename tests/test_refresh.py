@@ -193,3 +193,30 @@ def test_large_leaves_of_one_shape_are_not_stacked(monkeypatch):
     jax.clear_caches()
     actual, _ = train(make(), params, 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)
+
+
+@pytest.mark.parametrize("method", ["eigh", "randomized", "subspace"])
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_the_subspace_does_not_depend_on_the_gradients_scale(method, scale):
+    params = params_like({"w": (12, 24)})
+    tx = galore_jax.galore_sgd(1.0, rank=RANK, method=method)
+    state, grads = tx.init(params), grads_like(params, 0)
+    _, plain = tx.update(grads, state, params)
+    _, scaled = tx.update({"w": grads["w"] * scale}, state, params)
+    p, q = plain.projector["w"], scaled.projector["w"]
+    np.testing.assert_allclose(p @ p.T, q @ q.T, atol=1e-3)
+
+
+def test_nested_multi_steps_decompose_once_per_refresh(decompositions):
+    params = params_like({"w": (12, 24)})
+    tx = optax.MultiSteps(optax.MultiSteps(make(update_proj_gap=1), 2).gradient_transformation(), 2)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for step in range(8):
+        _, state = update(grads_like(params, step), state, params)
+    assert decompositions() == 2
+
+
+def test_a_gap_longer_than_any_run_still_refreshes_all_at_step_0():
+    leaves = plan(params_like(SHAPES), rank=RANK, weight_dimension_numbers=galore_jax.last_two_axes)
+    assert schedule(leaves, jnp.int32(0), 10**9, True).due.all()
+    assert schedule(leaves, jnp.int32(7), 10**9, True).due.sum() == 0

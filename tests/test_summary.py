@@ -86,3 +86,14 @@ def test_nothing_to_summarise_is_an_error():
 def test_a_single_array():
     table = galore_jax.summary(galore_jax.galore_adamw(1e-3, rank=2), jnp.ones((8, 16)))
     assert "(params)" in str(table) and table.rows[0].projector == 4 * 8 * 2
+
+
+def test_several_galores_and_parameters_called_like_fields():
+    params = {"mu": jnp.ones((12, 24)), "z": jnp.ones((24, 32))}
+    tx = optax.partition(
+        {"b": galore_jax.galore_adamw(1e-3, rank=2), "a": galore_jax.galore_sgd(1e-3, rank=5)},
+        {"mu": "b", "z": "a"},
+    )
+    rows = {row.path: row for row in galore_jax.summary(tx, params).rows}
+    assert (rows["mu"].projector, rows["mu"].inner_state) == (4 * 12 * 2, 2 * 4 * 2 * 24)
+    assert (rows["z"].projector, rows["z"].inner_state) == (4 * 24 * 5, 0)
