@@ -154,12 +154,11 @@ def _refresh_together(leaves, grads, projectors, due, count, method, stagger) ->
 
         def decompose():
             g = matrix(slot["at"]).astype(leaf.dtype)
-            finite = jnp.all(jnp.isfinite(g))
-            # LAPACK may never return from a matrix with infinities or NaNs in it.
-            g = jnp.where(finite, g, 0)
-            # Nor may its Gram matrix over- or underflow: bases do not depend on the scale.
+            # LAPACK may never return from a matrix with infinities or NaNs in it, and a Gram
+            # matrix may over- or underflow; bases do not depend on the gradient's scale.
             largest = jnp.max(jnp.abs(g))
-            g = g / jnp.where(largest > 0, largest, 1)
+            finite = jnp.isfinite(largest)
+            g = jnp.where(finite, g / jnp.where(largest > 0, largest, 1), 0)
             new = _basis(leaf, g, slot["old"].astype(leaf.dtype), key, method)
             usable = finite & jnp.all(jnp.isfinite(new))
             return jnp.where(usable, new.astype(slot["old"].dtype), slot["old"])

@@ -57,8 +57,8 @@ def from_transformers(oracle, config: llama.LlamaConfig) -> dict:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(name):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="needs the oracles extra")
+    transformers = pytest.importorskip("transformers", reason="needs the oracles extra")
     config = CONFIGS[name]
     torch.manual_seed(0)
     oracle = transformers.LlamaForCausalLM(
