@@ -9,16 +9,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import numbers
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from galore_jax import checks
 from galore_jax import leaf as leaf_lib
 from galore_jax import moments as moments_lib
 from galore_jax.basis import METHODS
@@ -27,13 +25,11 @@ from galore_jax.leaf import DEFAULT_EXCLUDE, PROJ_TYPES, Leaf, Plan, Rank, bare
 from galore_jax.projection import default_projector, lift, project
 from galore_jax.refresh import refresh, schedule
 
-PROJECTOR_DTYPES = ("float32", "bfloat16")
-
 
 class GaLoreState(NamedTuple):
     """State of `galore`: a struct of trees of plain arrays."""
 
-    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
+    count: jax.Array  # shape=(), dtype=int32: updates so far
     projector: optax.Params  # bases, batch + (m, r) or (n, r); MaskedNode where unprojected
     inner_state: optax.OptState  # of the inner optimizer, over low-rank arrays
 
@@ -191,14 +187,14 @@ def galore(
         <https://arxiv.org/abs/2403.03507>`_, 2024
     """
     leaf_lib.check_rank(rank)
-    _check_gap(update_proj_gap)
-    _check_scale(scale)
-    _check_exclude(exclude)
-    _check_choice("stagger", stagger, (True, False))
-    _check_choice("proj_type", proj_type, PROJ_TYPES)
-    _check_choice("method", method, tuple(METHODS))
-    _check_choice("moments", moments, moments_lib.POLICIES)
-    stored_dtype = _projector_dtype(projector_dtype)
+    checks.check_gap(update_proj_gap)
+    checks.check_scale(scale)
+    checks.check_exclude(exclude)
+    checks.check_choice("stagger", stagger, (True, False))
+    checks.check_choice("proj_type", proj_type, PROJ_TYPES)
+    checks.check_choice("method", method, tuple(METHODS))
+    checks.check_choice("moments", moments, moments_lib.POLICIES)
+    stored_dtype = checks.projector_dtype(projector_dtype)
 
     if inner is None:
         mark = _Mark(_no_inner, _no_inner)
@@ -264,11 +260,17 @@ def galore(
 
     def update_fn(updates, state, params=None, **extra_args):
         given, updates, params = updates, bare(updates), bare(params)
-        _check_update(updates, state, params)
+        if not isinstance(state, GaLoreState):
+            raise TypeError(
+                f"galore's state must be a GaLoreState, got {type(state).__name__}. A checkpoint "
+                "has to be restored with a target: jax.eval_shape(tx.init, params)"
+            )
+        if params is not None:
+            checks.check_shapes(updates, params)
         plan = make_plan(updates if params is None else params)
         where = leaf_lib.sites(plan, jax.tree.structure(updates))
         leaves, grads, old = where.leaves, where.pick(updates), where.pick(state.projector)
-        _check_projectors(plan, where.flatten(state.projector))
+        checks.check_projectors(plan, where.flatten(state.projector))
 
         # Project.
         when = schedule(leaves, state.count, update_proj_gap, stagger)
@@ -345,85 +347,3 @@ def _over(leaf: Leaf, per_matrix: jax.Array) -> jax.Array:
     for axis in leaf.batch_axes:
         shape[axis] = leaf.shape[axis]
     return per_matrix.reshape(shape)
-
-
-def _check_update(updates: Any, state: Any, params: Any) -> None:
-    if not isinstance(state, GaLoreState):
-        raise TypeError(
-            f"galore's state must be a GaLoreState, got {type(state).__name__}. A checkpoint has "
-            "to be restored with a target: jax.eval_shape(tx.init, params)"
-        )
-    if params is None:
-        return
-    shapes = [
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(x)
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (updates, params)
-    ]
-    for path in {**shapes[1], **shapes[0]}:
-        g, w = (s.get(path, "absent") for s in shapes)
-        if g != w:
-            raise ValueError(
-                f"gradients and parameters do not match at leaf '{path}': the gradient's shape is "
-                f"{g}, the parameter's {w}"
-            )
-
-
-def _check_projectors(plan: Plan, stored: list[Any]) -> None:
-    for leaf, p in zip(plan, stored, strict=True):
-        wanted = leaf.projector_shape if isinstance(leaf, Leaf) else None
-        found = None if isinstance(p, optax.MaskedNode) else jnp.shape(p)
-        if wanted != found:
-            rank = f" (rank {leaf.rank})" if isinstance(leaf, Leaf) else ""
-            raise ValueError(
-                f"galore's state does not fit leaf '{leaf.path}' of shape {leaf.shape}: its "
-                f"projector has shape {found}, expected {wanted}{rank}, None meaning not "
-                "projected. Was the state restored from a run with another rank, proj_type, "
-                "exclude or weight_dimension_numbers? Use the same, or start from tx.init(params)"
-            )
-
-
-def _check_gap(gap: Any) -> None:
-    if isinstance(gap, jax.Array):  # traced or injected: its value may be unknown
-        return
-    if not isinstance(gap, numbers.Integral) or isinstance(gap, bool):
-        raise TypeError(f"update_proj_gap must be an int >= 1, got {gap!r}")
-    if int(gap) < 1:
-        raise ValueError(f"update_proj_gap must be an int >= 1, got {gap}")
-    if int(gap) >= 2**31:
-        raise ValueError(f"update_proj_gap must be below 2^31, as steps are, got {gap}")
-
-
-def _check_scale(scale: Any) -> None:
-    if not isinstance(scale, numbers.Real | jax.Array | np.ndarray) or np.shape(scale):  # type: ignore[arg-type]
-        raise TypeError(f"scale must be a number, got {scale!r}")
-
-
-def _check_exclude(exclude: Any) -> None:
-    try:
-        re.compile(exclude if exclude is not None else "")
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"exclude must be a regular expression or None, got {exclude!r}: {error}"
-        ) from None
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _projector_dtype(dtype: Any) -> Any:
-    if dtype is None:
-        return None
-    try:
-        found = np.dtype(jnp.dtype(dtype))
-    except TypeError:
-        found = None
-    if found is None or found.name not in PROJECTOR_DTYPES:
-        raise ValueError(
-            f"projector_dtype must be None or one of {', '.join(PROJECTOR_DTYPES)}, got {dtype!r}"
-        )
-    return found

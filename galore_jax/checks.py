@@ -1,0 +1,98 @@
+"""Errors that name the argument, the value and the leaf."""
+
+from __future__ import annotations
+
+import numbers
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax.leaf import Leaf, Plan
+
+PROJECTOR_DTYPES = ("float32", "bfloat16")
+
+
+def check_shapes(updates: Any, params: Any) -> None:
+    """Raise where gradients are not of the parameters' structure and shapes."""
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(x)
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (updates, params)
+    ]
+    for path in {**shapes[1], **shapes[0]}:
+        g, w = (s.get(path, "absent") for s in shapes)
+        if g != w:
+            raise ValueError(
+                f"gradients and parameters do not match at leaf '{path}': the gradient's shape is "
+                f"{g}, the parameter's {w}"
+            )
+
+
+def check_projectors(plan: Plan, stored: list[Any]) -> None:
+    """Raise where a state's projectors are not those of the plan."""
+    for leaf, p in zip(plan, stored, strict=True):
+        wanted = leaf.projector_shape if isinstance(leaf, Leaf) else None
+        found = None if isinstance(p, optax.MaskedNode) else jnp.shape(p)
+        if wanted != found:
+            rank = f" (rank {leaf.rank})" if isinstance(leaf, Leaf) else ""
+            raise ValueError(
+                f"galore's state does not fit leaf '{leaf.path}' of shape {leaf.shape}: its "
+                f"projector has shape {found}, expected {wanted}{rank}, None meaning not "
+                "projected. Was the state restored from a run with another rank, proj_type, "
+                "exclude or weight_dimension_numbers? Use the same, or start from tx.init(params)"
+            )
+
+
+def check_gap(gap: Any) -> None:
+    """Raise unless the gap is a step count."""
+    if isinstance(gap, jax.Array):  # traced or injected: its value may be unknown
+        return
+    if not isinstance(gap, numbers.Integral) or isinstance(gap, bool):
+        raise TypeError(f"update_proj_gap must be an int >= 1, got {gap!r}")
+    if int(gap) < 1:
+        raise ValueError(f"update_proj_gap must be an int >= 1, got {gap}")
+    if int(gap) >= 2**31:
+        raise ValueError(f"update_proj_gap must be below 2^31, as steps are, got {gap}")
+
+
+def check_scale(scale: Any) -> None:
+    """Raise unless the scale is one number."""
+    if not isinstance(scale, numbers.Real | jax.Array | np.ndarray) or np.shape(scale):  # type: ignore[arg-type]
+        raise TypeError(f"scale must be a number, got {scale!r}")
+
+
+def check_exclude(exclude: Any) -> None:
+    """Raise unless `exclude` compiles."""
+    try:
+        re.compile(exclude if exclude is not None else "")
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"exclude must be a regular expression or None, got {exclude!r}: {error}"
+        ) from None
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def projector_dtype(dtype: Any) -> Any:
+    """The dtype to store projectors in; None for that of the arithmetic."""
+    if dtype is None:
+        return None
+    try:
+        found = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        found = None
+    if found is None or found.name not in PROJECTOR_DTYPES:
+        raise ValueError(
+            f"projector_dtype must be None or one of {', '.join(PROJECTOR_DTYPES)}, got {dtype!r}"
+        )
+    return found
