@@ -29,7 +29,7 @@ from galore_jax.refresh import refresh, schedule
 class GaLoreState(NamedTuple):
     """State of `galore`: a struct of trees of plain arrays."""
 
-    count: jax.Array  # shape=(), dtype=int32: updates so far
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
     projector: optax.Params  # bases, batch + (m, r) or (n, r); MaskedNode where unprojected
     inner_state: optax.OptState  # of the inner optimizer, over low-rank arrays
 
@@ -273,8 +273,9 @@ def galore(
         checks.check_projectors(plan, where.flatten(state.projector))
 
         # Project.
-        when = schedule(leaves, state.count, update_proj_gap, stagger)
-        new = refresh(tuple(leaves), grads, old, state.count, when, METHODS[method], stagger)
+        count = jnp.asarray(state.count)
+        when = schedule(leaves, count, update_proj_gap, stagger)
+        new = refresh(tuple(leaves), grads, old, count, when, METHODS[method], stagger)
         low_grads = where.put(map(project, leaves, new, grads), jax.tree.map(_wide, updates))
 
         # Update in the subspace. The inner optimizer meets zeros for projected weights.
@@ -318,7 +319,7 @@ def galore(
             where.flatten(like),
         )
         new_state = GaLoreState(
-            optax.safe_increment(state.count), where.put(new, state.projector), inner_state
+            optax.safe_increment(count), where.put(new, state.projector), inner_state
         )
         return jax.tree.unflatten(jax.tree.structure(given), out), new_state
 
