@@ -80,7 +80,7 @@ def specs(params: optax.Params, given: Any) -> Iterator[Any]:
     for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked):
         at = keys(path)
         prefix = next((at[:i] for i in range(len(at), -1, -1) if at[:i] in by_path), None)
-        unused.discard(prefix)  # type: ignore[arg-type]
+        unused -= {prefix}
         if _is_masked(x):
             continue
         if prefix is None:

@@ -162,7 +162,8 @@ def galore(
     Raises:
         TypeError: for a rank, an inner optimizer or dimension numbers of the wrong type.
         ValueError: for an option out of range; at `init`, for dimension numbers that do not
-            fit the parameters, or an inner state that `moments` has no rule for; at `update`,
+            fit the parameters, an inner state that `moments` has no rule for, or one that keeps
+            the weights themselves; at `update`, for gradients of another shape,
             for an inner update that is not affine in the parameters, or a state made for
             another rank.
 

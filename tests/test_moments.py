@@ -61,7 +61,10 @@ def test_a_rotation_into_the_same_subspace_changes_no_update(proj_type):
     blow the rounding errors off the diagonal up to full size.
     """
     params = params_like(SHAPES)
-    same = lambda params, step: grads_like(params, 0)  # noqa: E731
+
+    def same(params, step):
+        return grads_like(params, 0)
+
     kept, _ = train(adamw("keep", proj_type=proj_type, eps=1e-3), params, 7, grads=same)
     turned, _ = train(adamw("rotate", proj_type=proj_type, eps=1e-3), params, 7, grads=same)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, turned)
