@@ -85,7 +85,7 @@ def galore(
     update_proj_gap: jax.typing.ArrayLike = 200,
     scale: jax.typing.ArrayLike = 0.25,
     proj_type: str = "std",
-    method: str = "eigh",
+    method: str = "randomized",
     stagger: bool = False,
     moments: str = "keep",
     exclude: str | None = DEFAULT_EXCLUDE,
@@ -137,9 +137,10 @@ def galore(
         update_proj_gap: T, the number of updates between two refreshes of a projector.
         scale: factor on the lifted update (the paper's alpha), not on the decay.
         proj_type: which side of the matrix is projected, see above.
-        method: how a projector is computed: `svd`, `eigh` (the same subspace from the smaller
-            Gram matrix), `randomized` (range finder), `subspace` (one block power iteration
-            from the last projector) or `random` (the gradient is not used).
+        method: how a projector is computed: `randomized` (range finder with power iterations
+            on the smaller Gram matrix; 0.999 and more of the SVD's captured energy), `svd`,
+            `eigh` (the same subspace from the smaller Gram matrix), `subspace` (one block power
+            iteration from the last projector) or `random` (the gradient is not used).
         stagger: after step 0, spread the refreshes of matrices, layers of a stacked leaf
             included, over the T steps, so that no single step pays for all of them.
         moments: what becomes of the inner state when a projector changes: `keep` (the
