@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import galore_jax
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -110,7 +112,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A kernel (inputs, outputs) without a bias."""
+    """A kernel (inputs, outputs) without a bias, whose gradient can stay in the subspace."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -118,6 +120,8 @@ def linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nn
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         kernel_init=nnx.initializers.normal(config.init_scale),
+        dot_general=galore_jax.dot_general,
+        promote_dtype=galore_jax.promote_dtype,
         rngs=rngs,
     )
 

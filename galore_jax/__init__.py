@@ -4,7 +4,9 @@ from galore_jax.adafactor import galore_adafactor
 from galore_jax.alias import galore_adamw, galore_lion, galore_sgd
 from galore_jax.chaining import chain, install
 from galore_jax.specs import last_two_axes
+from galore_jax.subspace import value_and_grad
 from galore_jax.summary import summary
+from galore_jax.tap import dot_general, promote_dtype
 from galore_jax.transform import GaLoreState, galore
 
 install()
@@ -21,6 +23,10 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "galore_adafactor",
     "galore_lion",
     "galore_sgd",
+    # Gradients in the subspace
+    "value_and_grad",
+    "dot_general",
+    "promote_dtype",
     # Tools
     "last_two_axes",
     "summary",

@@ -11,17 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax.leaf import Leaf, Plan
+from galore_jax.leaf import Leaf, Plan, Sites
+from galore_jax.lowrank import is_projected
+from galore_jax.projection import QUANTISED, Storage, stored_shapes
+from galore_jax.quantize import Encoded
 
-PROJECTOR_DTYPES = ("float32", "bfloat16")
+PROJECTOR_DTYPES = ("float32", "bfloat16", *QUANTISED)
 
 
 def check_shapes(updates: Any, params: Any) -> None:
     """Raise where gradients are not of the parameters' structure and shapes."""
     shapes = [
         {
-            jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(x)
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+            jax.tree_util.keystr(path, simple=True, separator="/"): (
+                x.shape if is_projected(x) else jnp.shape(x)
+            )
+            for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_projected)
         }
         for tree in (updates, params)
     ]
@@ -34,18 +39,21 @@ def check_shapes(updates: Any, params: Any) -> None:
             )
 
 
-def check_projectors(plan: Plan, stored: list[Any]) -> None:
+def check_projectors(plan: Plan, where: Sites, projector: Any, storage: Storage) -> None:
     """Raise where a state's projectors are not those of the plan."""
-    for leaf, p in zip(plan, stored, strict=True):
-        wanted = leaf.projector_shape if isinstance(leaf, Leaf) else None
-        found = None if isinstance(p, optax.MaskedNode) else jnp.shape(p)
+    trees = projector if isinstance(projector, Encoded) else (projector,)
+    for leaf, *stored in zip(plan, *map(where.flatten, trees), strict=True):
+        projected = isinstance(leaf, Leaf)
+        wanted = stored_shapes(leaf, storage or leaf.dtype) if projected else None
+        found = tuple(jnp.shape(p) for p in stored if not isinstance(p, optax.MaskedNode)) or None
         if wanted != found:
-            rank = f" (rank {leaf.rank})" if isinstance(leaf, Leaf) else ""
+            rank = f" (rank {leaf.rank})" if projected else ""
             raise ValueError(
                 f"galore's state does not fit leaf '{leaf.path}' of shape {leaf.shape}: its "
                 f"projector has shape {found}, expected {wanted}{rank}, None meaning not "
                 "projected. Was the state restored from a run with another rank, proj_type, "
-                "exclude or weight_dimension_numbers? Use the same, or start from tx.init(params)"
+                "projector_dtype, exclude or weight_dimension_numbers? Use the same, or start "
+                "from tx.init(params)"
             )
 
 
@@ -83,16 +91,18 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def projector_dtype(dtype: Any) -> Any:
-    """The dtype to store projectors in; None for that of the arithmetic."""
+def projector_storage(dtype: Any) -> Storage:
+    """How to store projectors; None for the dtype of the arithmetic."""
     if dtype is None:
         return None
-    try:
-        found = np.dtype(jnp.dtype(dtype))
-    except TypeError:
-        found = None
-    if found is None or found.name not in PROJECTOR_DTYPES:
+    name = dtype
+    if not isinstance(dtype, str) or dtype not in QUANTISED:
+        try:
+            name = jnp.dtype(dtype).name
+        except TypeError:
+            name = None
+    if name not in PROJECTOR_DTYPES:
         raise ValueError(
             f"projector_dtype must be None or one of {', '.join(PROJECTOR_DTYPES)}, got {dtype!r}"
         )
-    return found
+    return QUANTISED[name] if name in QUANTISED else np.dtype(jnp.dtype(name))

@@ -110,6 +110,28 @@ class Leaf:
             x = jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
         return dataclasses.replace(self, shape=x.shape).to_matrix(x).reshape(self.m, self.n)
 
+    @property
+    def matrix(self) -> Leaf:
+        """One of the stacked matrices, as (m, n)."""
+        return dataclasses.replace(
+            self, shape=(self.m, self.n), batch_axes=(), reduction_axes=(0,), output_axes=(1,)
+        )
+
+    @property
+    def batch_leads(self) -> bool:
+        """Whether the stacked axes come first, so that a scan takes them off one by one."""
+        return self.batch_axes == tuple(range(len(self.batch_axes)))
+
+    def below(self, axes: int) -> Leaf:
+        """What is left of the leaf when scans have taken off its first `axes` stacked axes."""
+        return dataclasses.replace(
+            self,
+            shape=self.shape[axes:],
+            batch_axes=tuple(a - axes for a in self.batch_axes[axes:]),
+            reduction_axes=tuple(a - axes for a in self.reduction_axes),
+            output_axes=tuple(a - axes for a in self.output_axes),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Unprojected:

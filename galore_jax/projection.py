@@ -1,4 +1,8 @@
-"""Into the subspace and back: R = P^T G (or G P, or P^T G Q), and its transpose."""
+"""Into the subspace and back: R = P^T G (or G P, or P^T G Q), and its transpose.
+
+A projector is stored as an array, or as codes and scales (`quantize.Encoded`); `load` gives
+the basis that every product uses, so what is projected and what is lifted agree.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,74 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from galore_jax.leaf import Leaf
+from galore_jax.leaf import Leaf, Sites
+from galore_jax.quantize import INT4, INT8, Encoded, Format, decode, encode, spec
+
+QUANTISED = {"int8": INT8, "int4": INT4}
+
+Storage = Any  # a dtype, or a quantize.Format
+Stored = jax.Array | Encoded
 
 
-def default_projector(leaf: Leaf, dtype: Any) -> jax.Array:
+def default_projector(leaf: Leaf, storage: Storage) -> Stored:
     """An orthonormal basis to start from: the first coordinate directions."""
     rows = (leaf.m, leaf.n) if leaf.side == "both" else (leaf.projector_shape[-2],)
-    basis = jnp.concatenate([jnp.eye(k, leaf.rank, dtype=dtype) for k in rows])
-    return jnp.broadcast_to(basis, leaf.projector_shape)
+    basis = jnp.concatenate([jnp.eye(k, leaf.rank, dtype=leaf.dtype) for k in rows])
+    one = store(leaf.matrix, basis, storage)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (*leaf.batch, *x.shape)), one)
 
 
-def bases(leaf: Leaf, p: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+def store(leaf: Leaf, p: jax.Array, storage: Storage) -> Stored:
+    """Cast or quantise a projector of `leaf.projector_shape`."""
+    if isinstance(storage, Format):
+        return encode(p, storage, batch=len(leaf.batch))
+    return p.astype(storage)
+
+
+def load(leaf: Leaf, stored: Stored) -> jax.Array:
+    """The basis that a stored projector stands for, in the dtype of the arithmetic."""
+    if isinstance(stored, Encoded):
+        return decode(*stored, storage_of(stored), leaf.projector_shape, leaf.dtype)
+    return stored.astype(leaf.dtype)
+
+
+def storage_of(stored: Stored) -> Storage:
+    """How a projector is stored."""
+    if isinstance(stored, Encoded):
+        return next(f for f in QUANTISED.values() if f.dtype == stored.codes.dtype)
+    return stored.dtype
+
+
+def stored_shapes(leaf: Leaf, storage: Storage) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the arrays that hold a leaf's projector."""
+    if isinstance(storage, Format):
+        return tuple(x.shape for x in spec(leaf.projector_shape, storage, len(leaf.batch)))
+    return (leaf.projector_shape,)
+
+
+def to_tree(where: Sites, stored: list[Stored], like: optax.Params) -> optax.Params:
+    """The projectors as a tree like the parameters, or as one of codes and one of scales.
+
+    Two trees, since `nnx.Optimizer` does not keep a struct in the place of a parameter.
+    """
+    masked = jax.tree.map(lambda _: optax.MaskedNode(), like)
+    if stored and isinstance(stored[0], Encoded):
+        return Encoded(*(where.put(part, masked) for part in zip(*stored, strict=True)))
+    return where.put(stored, masked)
+
+
+def from_tree(where: Sites, tree: optax.Params) -> list[Stored]:
+    """Undo `to_tree`."""
+    if isinstance(tree, Encoded):
+        return [Encoded(*x) for x in zip(*map(where.pick, tree), strict=True)]
+    return where.pick(tree)
+
+
+def bases(leaf: Leaf, stored: Stored) -> tuple[jax.Array | None, jax.Array | None]:
     """The bases (P, Q) that a stored projector holds, None on a side left full."""
-    p = p.astype(leaf.dtype)
+    p = load(leaf, stored)
     if leaf.side == "in":
         return p, None
     if leaf.side == "out":
@@ -27,7 +85,7 @@ def bases(leaf: Leaf, p: jax.Array) -> tuple[jax.Array | None, jax.Array | None]
     return p[..., : leaf.m, :], p[..., leaf.m :, :]
 
 
-def project(leaf: Leaf, p: jax.Array, g: jax.Array) -> jax.Array:
+def project(leaf: Leaf, p: Stored, g: jax.Array) -> jax.Array:
     """Project a gradient of the leaf's shape, giving `leaf.low_rank_shape`."""
     p_in, p_out = bases(leaf, p)
     r = leaf.to_matrix(g).astype(leaf.dtype)
@@ -38,7 +96,7 @@ def project(leaf: Leaf, p: jax.Array, g: jax.Array) -> jax.Array:
     return r
 
 
-def lift(leaf: Leaf, p: jax.Array, r: jax.Array) -> jax.Array:
+def lift(leaf: Leaf, p: Stored, r: jax.Array) -> jax.Array:
     """Lift a low-rank update to the leaf's shape."""
     p_in, p_out = bases(leaf, p)
     u = r.astype(leaf.dtype)

@@ -21,6 +21,7 @@ import numpy as np
 
 from galore_jax.basis import Method, align_signs
 from galore_jax.leaf import Leaf
+from galore_jax.projection import Stored, load, storage_of, store
 
 # Leaves of one shape share a loop by stacking their gradients, which is a copy. Up to this
 # size less code is worth it; a leaf of stacked layers is never copied.
@@ -42,12 +43,51 @@ def only_if(emitting: jax.Array):
         _emitting.reset(token)
 
 
+def in_multi_steps() -> bool:
+    """Whether an `optax.MultiSteps` runs this update."""
+    return _emitting.get() is not None
+
+
+class Layer(NamedTuple):
+    """One layer of a model, updated by itself: its leaves are slices of stacked ones."""
+
+    index: jax.Array  # int32 scalar: which slice
+    first: dict[str, int]  # by path of a leaf, the number of its first matrix in the model
+    total: int  # matrices in the model
+
+
+_layer: contextvars.ContextVar[Layer | None] = contextvars.ContextVar(
+    "galore_jax_layer", default=None
+)
+_refreshing: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "galore_jax_refreshing", default=True
+)
+
+
+@contextlib.contextmanager
+def one_layer(layer: Layer, refreshing: bool):
+    """Let updates within number their matrices as those of the whole model are."""
+    tokens = _layer.set(layer), _refreshing.set(refreshing)
+    try:
+        yield
+    finally:
+        _layer.reset(tokens[0])
+        _refreshing.reset(tokens[1])
+
+
 class Schedule(NamedTuple):
     """Which of the K matrices, in the order of the leaves, refresh at this step."""
 
     due: jax.Array  # shape=(K,), bool
     age: jax.Array  # shape=(K,), int32: steps since the last refresh, this one included
-    any_due: jax.Array  # shape=(), bool
+    layer: jax.Array  # shape=(K,), int32: their numbers in their leaves' stacks
+    any_due: jax.Array | bool  # shape=(), bool; False where no program for it is wanted
+
+    def of(self, leaves: Sequence[Leaf], at: Sequence[int]) -> Schedule:
+        """The part of the leaves at these positions."""
+        numbers = np.split(np.arange(self.due.size), _cuts(_sizes(leaves)))
+        some = np.concatenate([numbers[i] for i in at]) if at else np.zeros(0, int)
+        return Schedule(self.due[some], self.age[some], self.layer[some], self.any_due)
 
 
 def schedule(
@@ -57,18 +97,25 @@ def schedule(
 
     Step 0 refreshes every matrix in both cases: there is no projector to go on with.
     """
-    total = sum(_sizes(leaves))
+    sizes = _sizes(leaves)
+    layer = np.concatenate([np.arange(s, dtype=np.int32) for s in [0, *sizes]])
+    total, j = sum(sizes), np.arange(sum(sizes), dtype=np.int32)
+    if (slices := _layer.get()) is not None:
+        layer += np.repeat(sizes, sizes).astype(np.int32) * slices.index
+        total = slices.total
+        j = np.repeat([slices.first.get(x.path, 0) for x in leaves], sizes).astype(np.int32) + layer
     offset = 0
     if stagger:  # floor(j T / K) without the overflow of j T
-        j = jnp.arange(total, dtype=jnp.int32)
         offset = j * (update_proj_gap // total) + j * (update_proj_gap % total) // total
     phase = jnp.where(count < offset, count, (count - offset) % update_proj_gap)
     due = (phase == 0) & ((count >= offset) | (count == 0))
     any_due = jnp.any(due)
     if (emitting := _emitting.get()) is not None:
         any_due &= emitting
+    if not _refreshing.get():
+        due, any_due = jnp.zeros_like(due), False
     age = phase.astype(jnp.int32) + 1
-    return Schedule(jnp.broadcast_to(due, total), jnp.broadcast_to(age, total), any_due)
+    return Schedule(*(jnp.broadcast_to(x, j.shape) for x in (due, age, layer)), any_due)
 
 
 def per_leaf(leaves: Sequence[Leaf], x: jax.Array) -> list[jax.Array]:
@@ -82,12 +129,12 @@ def per_leaf(leaves: Sequence[Leaf], x: jax.Array) -> list[jax.Array]:
 def refresh(
     leaves: tuple[Leaf, ...],
     grads: Sequence[jax.Array],
-    projectors: Sequence[jax.Array],
+    projectors: Sequence[Stored],
     count: jax.Array,
     when: Schedule,
     method: Method,
     stagger: bool,
-) -> list[jax.Array]:
+) -> list[Stored]:
     """Recompute the projectors that are due, from this step's gradients.
 
     A matrix whose gradient or new basis is not finite keeps its old projector.
@@ -95,21 +142,20 @@ def refresh(
     Args:
         leaves: the projected leaves.
         grads: their gradients, each of `leaf.shape`.
-        projectors: the present projectors, each of `leaf.projector_shape`.
+        projectors: the present projectors, as stored.
         count: int32 scalar, the step.
         when: from `schedule`.
         method: one of `basis.METHODS`.
         stagger: whether some matrices may be due and others not.
 
     Returns:
-        The projectors to use at this step.
+        The projectors to use at this step, as stored.
     """
     if not leaves:
-        return []
-    numbers = np.split(np.arange(when.due.size), _cuts(_sizes(leaves)))
+        return list(projectors)
     groups: dict[tuple, list[list[int]]] = {}
     for i, leaf in enumerate(leaves):
-        kind = (leaf.m, leaf.n, leaf.side, leaf.rank, leaf.dtype, projectors[i].dtype)
+        kind = (leaf.m, leaf.n, leaf.side, leaf.rank, leaf.dtype, storage_of(projectors[i]))
         chunks = groups.setdefault(kind, [[]])
         if chunks[-1] and sum(grads[j].nbytes for j in [*chunks[-1], i]) > _STACK_BYTES:
             chunks.append([])
@@ -122,7 +168,7 @@ def refresh(
                 [leaves[i] for i in members],
                 [grads[i] for i in members],
                 [projectors[i] for i in members],
-                when.due[np.concatenate([numbers[i] for i in members])],
+                when.of(leaves, members),
                 count,
                 method,
                 stagger,
@@ -134,7 +180,7 @@ def refresh(
     return jax.lax.cond(when.any_due, recompute, lambda: list(projectors))
 
 
-def _refresh_together(leaves, grads, projectors, due, count, method, stagger) -> list[jax.Array]:
+def _refresh_together(leaves, grads, projectors, when, count, method, stagger) -> list[Stored]:
     """Refresh matrices of one shape, one after the other in one loop."""
     leaf, sizes = leaves[0], _sizes(leaves)
     if len(leaves) == 1:
@@ -146,38 +192,27 @@ def _refresh_together(leaves, grads, projectors, due, count, method, stagger) ->
         )
 
     def one(slot):
-        def key(side):
-            key = jax.random.key(slot["seed"])
-            for part in (count, slot["layer"], side):
-                key = jax.random.fold_in(key, part)
-            return key
+        def renewed():
+            seed = (slot["seed"], count, slot["layer"])
+            return renew(leaf.matrix, matrix(slot["at"]), slot["old"], seed, method)
 
-        def decompose():
-            g = matrix(slot["at"]).astype(leaf.dtype)
-            # LAPACK may never return from a matrix with infinities or NaNs in it, and a Gram
-            # matrix may over- or underflow; bases do not depend on the gradient's scale.
-            largest = jnp.max(jnp.abs(g))
-            finite = jnp.isfinite(largest)
-            g = jnp.where(finite, g / jnp.where(largest > 0, largest, 1), 0)
-            new = _basis(leaf, g, slot["old"].astype(leaf.dtype), key, method)
-            usable = finite & jnp.all(jnp.isfinite(new))
-            return jnp.where(usable, new.astype(slot["old"].dtype), slot["old"])
+        return jax.lax.cond(slot["due"], renewed, lambda: slot["old"]) if stagger else renewed()
 
-        return jax.lax.cond(slot["due"], decompose, lambda: slot["old"]) if stagger else decompose()
-
-    # A leaf's name rather than its position seeds a random basis, so that it stays the same
-    # when the tree around the leaf changes.
-    seeds = np.array([zlib.crc32(x.path.encode()) for x in leaves], np.uint32)
+    # Stored projectors side by side: arrays, or codes and scales.
+    old = [
+        jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(f.batch) :]), p)
+        for f, p in zip(leaves, projectors, strict=True)
+    ]
     slots = {
         "at": np.arange(sum(sizes), dtype=np.int32),
-        "layer": np.concatenate([np.arange(s, dtype=np.int32) for s in sizes]),
-        "seed": np.repeat(seeds, sizes),
-        "old": jnp.concatenate([p.reshape(-1, *p.shape[-2:]) for p in projectors]),
-        "due": due,
+        "layer": when.layer,
+        "seed": np.repeat(np.array([seed_of(x) for x in leaves], np.uint32), sizes),
+        "old": jax.tree.map(lambda *x: jnp.concatenate(x), *old),
+        "due": when.due,
     }
     new = jax.lax.map(one, slots)
     if len(leaves) == 1:
-        return [new.reshape(projectors[0].shape)]
+        return [jax.tree.map(lambda x, p: x.reshape(p.shape), new, projectors[0])]
     # XLA's CPU compiler spends 10 ms on each distinct kernel and nothing on a repeated one.
     # Slices at constant offsets are all distinct; offsets it cannot see through are not.
     starts = [0, *_cuts(sizes)]
@@ -186,10 +221,50 @@ def _refresh_together(leaves, grads, projectors, due, count, method, stagger) ->
         lambda: [jnp.int32(s) for s in starts],
         lambda: [jnp.int32(0) for _ in starts],
     )
-    return [
-        jax.lax.dynamic_slice_in_dim(new, start, size).reshape(p.shape)
-        for start, size, p in zip(hidden, sizes, projectors, strict=True)
-    ]
+
+    def part(start, size, p):
+        return jax.tree.map(
+            lambda x, o: jax.lax.dynamic_slice_in_dim(x, start, size).reshape(o.shape), new, p
+        )
+
+    return [part(*x) for x in zip(hidden, sizes, projectors, strict=True)]
+
+
+def renew(leaf: Leaf, g: jax.Array, old: Stored, seed: Any, method: Method) -> Stored:
+    """The projector of one matrix from its gradient; the old one where that is not finite.
+
+    Args:
+        leaf: a leaf of one matrix.
+        g: its gradient (m, n).
+        old: its present projector, as stored.
+        seed: integers that tell this matrix and step from others, for random bases.
+        method: one of `basis.METHODS`.
+
+    Returns:
+        The new projector, stored as the old one.
+    """
+
+    def key(side):
+        key = jax.random.key(seed[0])
+        for part in (*seed[1:], side):
+            key = jax.random.fold_in(key, part)
+        return key
+
+    # LAPACK may never return from a matrix with infinities or NaNs in it, and a Gram matrix
+    # may over- or underflow; bases do not depend on the gradient's scale.
+    g = g.astype(leaf.dtype)
+    largest = jnp.max(jnp.abs(g))
+    finite = jnp.isfinite(largest)
+    g = jnp.where(finite, g / jnp.where(largest > 0, largest, 1), 0)
+    new = _basis(leaf, g, load(leaf, old), key, method)
+    usable = finite & jnp.all(jnp.isfinite(new))
+    stored = store(leaf, new, storage_of(old))
+    return jax.tree.map(lambda n, o: jnp.where(usable, n, o), stored, old)
+
+
+def seed_of(leaf: Leaf) -> int:
+    """A leaf's name, not its position, seeds a random basis: the tree around it may change."""
+    return zlib.crc32(leaf.path.encode())
 
 
 def _basis(leaf: Leaf, g, old, key: Callable[[int], jax.Array], method: Method) -> jax.Array:

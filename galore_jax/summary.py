@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.leaf import Leaf, owners
+from galore_jax.checks import check_projectors
+from galore_jax.leaf import Leaf, owners, sites
+from galore_jax.projection import from_tree
 from galore_jax.transform import GaLoreState, Record, recording
 
 
@@ -115,12 +117,12 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
 
 
 def _fits(record: Record, state: GaLoreState) -> bool:
+    where = sites(record.plan, jax.tree.structure(record.params))
     try:
-        stored = jax.tree.structure(record.params).flatten_up_to(state.projector)
-    except ValueError:  # the tree of another galore
+        check_projectors(record.plan, where, state.projector, record.storage)
+    except ValueError:  # the tree, or the shapes, of another galore
         return False
-    wanted = [getattr(leaf, "projector_shape", None) for leaf in record.plan]
-    return wanted == [getattr(p, "shape", None) for p in stored]
+    return True
 
 
 def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
@@ -128,7 +130,8 @@ def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
     init, params = record.inner.init, record.params
     inner, rest = _state_bytes(init, state.inner_state, params)
     full, rest_full = _state_bytes(init, jax.eval_shape(init, params), params)
-    stored = jax.tree.structure(params).flatten_up_to(state.projector)
+    where = sites(record.plan, jax.tree.structure(params))
+    stored = dict(zip(where.at, from_tree(where, state.projector), strict=True))
     rows = []
     for i, (leaf, w) in enumerate(zip(record.plan, jax.tree.leaves(params), strict=True)):
         projected = isinstance(leaf, Leaf)
@@ -139,7 +142,7 @@ def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
                 side=leaf.side if projected else leaf.reason,
                 rank=leaf.rank if projected else None,
                 weights=_nbytes(w),
-                projector=_nbytes(stored[i]) if projected else 0,
+                projector=sum(map(_nbytes, jax.tree.leaves(stored.get(i)))),
                 inner_state=inner.get(i, 0),
                 without_galore=full.get(i, 0),
             )

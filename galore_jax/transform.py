@@ -22,15 +22,27 @@ from galore_jax import moments as moments_lib
 from galore_jax.basis import METHODS
 from galore_jax.decay import reads_params, split_affine
 from galore_jax.leaf import DEFAULT_EXCLUDE, PROJ_TYPES, Leaf, Plan, Rank, bare
-from galore_jax.projection import default_projector, lift, project
-from galore_jax.refresh import refresh, schedule
+from galore_jax.lowrank import Factored, is_projected
+from galore_jax.projection import (
+    default_projector,
+    from_tree,
+    lift,
+    load,
+    project,
+    storage_of,
+    store,
+    to_tree,
+)
+from galore_jax.refresh import Schedule, in_multi_steps, refresh, schedule
 
 
 class GaLoreState(NamedTuple):
     """State of `galore`: a struct of trees of plain arrays."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
-    projector: optax.Params  # bases, batch + (m, r) or (n, r); MaskedNode where unprojected
+    # Bases, batch + (m, r) or (n, r); MaskedNode where unprojected. Quantised: an `Encoded`,
+    # one tree of codes and one of scales.
+    projector: optax.Params
     inner_state: optax.OptState  # of the inner optimizer, over low-rank arrays
 
 
@@ -60,8 +72,22 @@ class Record(NamedTuple):
     plan: Plan
     params: optax.Params
     inner: optax.GradientTransformation
+    storage: Any  # of projectors, None for each leaf's dtype
 
 
+class Probe(NamedTuple):
+    """What an `update` of `galore` would do, for the tiers that refresh before it."""
+
+    leaves: tuple[Leaf, ...]
+    update_proj_gap: Any
+    stagger: bool
+    method: str
+    in_multi_steps: bool  # which then takes full gradients
+
+
+_probes: contextvars.ContextVar[list[Probe] | None] = contextvars.ContextVar(
+    "galore_jax_probes", default=None
+)
 _records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
     "galore_jax_records", default=None
 )
@@ -76,6 +102,17 @@ def recording() -> Iterator[list[Record]]:
         yield records
     finally:
         _records.reset(token)
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[list[Probe]]:
+    """Have every `galore` that is updated within tell its settings and do nothing."""
+    probes: list[Probe] = []
+    token = _probes.set(probes)
+    try:
+        yield probes
+    finally:
+        _probes.reset(token)
 
 
 def galore(
@@ -153,8 +190,9 @@ def galore(
             tree (or prefix) of such objects and None, or a callable from parameters to one.
             Axes not named are stacked matrices, each with its own projector. By default 2-D
             leaves are matrices; `galore_jax.last_two_axes` is the rule for scanned models.
-        projector_dtype: dtype in which projectors are stored, float32 (default; float64 for
-            float64 parameters) or bfloat16.
+        projector_dtype: how projectors are stored: float32 (default; float64 for float64
+            parameters), bfloat16, or quantised in blocks of 256 numbers, `int8` or `int4` (two
+            to a byte). What is stored is what projects and lifts.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` whose state is a `GaLoreState`. Extra
@@ -179,10 +217,10 @@ def galore(
         >>> for _ in range(3):
         ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
         ...     params = optax.apply_updates(params, updates)
-        ...     print(f"{loss(params):.1f}")
-        132.2
-        120.8
-        110.2
+        ...     print(f"{loss(params):.0f}")
+        132
+        121
+        110
 
     References:
         Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
@@ -196,7 +234,7 @@ def galore(
     checks.check_choice("proj_type", proj_type, PROJ_TYPES)
     checks.check_choice("method", method, tuple(METHODS))
     checks.check_choice("moments", moments, moments_lib.POLICIES)
-    stored_dtype = checks.projector_dtype(projector_dtype)
+    storage = checks.projector_storage(projector_dtype)
 
     if inner is None:
         mark = _Mark(_no_inner, _no_inner)
@@ -234,12 +272,11 @@ def galore(
         params = bare(params)
         plan = make_plan(params)
         if (records := _records.get()) is not None:
-            records.append(Record(plan, params, inner))
+            records.append(Record(plan, params, inner, storage))
         else:
             leaf_lib.warn_about(plan)
         where = leaf_lib.sites(plan, jax.tree.structure(params))
-        dtypes = [stored_dtype or leaf.dtype for leaf in where.leaves]
-        projectors = map(default_projector, where.leaves, dtypes)
+        projectors = [default_projector(leaf, storage or leaf.dtype) for leaf in where.leaves]
         low_params = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in where.leaves]
 
         def inner_init(low_params):
@@ -255,9 +292,8 @@ def galore(
         inner_state = inner_init(low_params)
         if moments != "keep":
             moments_lib.check(inner_tx.init, inner_state, params, plan, moments)
-        unprojected = jax.tree.map(lambda _: optax.MaskedNode(), params)
         return GaLoreState(
-            jnp.zeros([], jnp.int32), where.put(projectors, unprojected), inner_state
+            jnp.zeros([], jnp.int32), to_tree(where, projectors, params), inner_state
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -269,16 +305,32 @@ def galore(
             )
         if params is not None:
             checks.check_shapes(updates, params)
-        plan = make_plan(updates if params is None else params)
-        where = leaf_lib.sites(plan, jax.tree.structure(updates))
-        leaves, grads, old = where.leaves, where.pick(updates), where.pick(state.projector)
-        checks.check_projectors(plan, where.flatten(state.projector))
+        elif any(map(is_projected, jax.tree.leaves(updates, is_leaf=is_projected))):
+            raise ValueError(
+                "galore: gradients from galore_jax.value_and_grad need the parameters: call "
+                "tx.update(grads, state, params)"
+            )
+        like = updates if params is None else params
+        plan = make_plan(like)
+        where = leaf_lib.sites(plan, jax.tree.structure(like))
+        leaves = tuple(where.leaves)
+        if (probes := _probes.get()) is not None:
+            probes.append(Probe(leaves, update_proj_gap, stagger, method, in_multi_steps()))
+            return given, state
+        checks.check_projectors(plan, where, state.projector, storage)
+        grads, old = where.pick(updates), from_tree(where, state.projector)
 
-        # Project.
+        # Project, unless `value_and_grad` already did.
         count = jnp.asarray(state.count)
         when = schedule(leaves, count, update_proj_gap, stagger)
-        new = refresh(tuple(leaves), grads, old, count, when, METHODS[method], stagger)
-        low_grads = where.put(map(project, leaves, new, grads), jax.tree.map(_wide, updates))
+        new = _projectors(leaves, grads, old, count, when, method, stagger)
+        low_grads = where.put(
+            [
+                g.low_rank if is_projected(g) else project(leaf, p, g)
+                for leaf, p, g in zip(leaves, new, grads, strict=True)
+            ],
+            jax.tree.map(_wide, updates, is_leaf=is_projected),
+        )
 
         # Update in the subspace. The inner optimizer meets zeros for projected weights.
         wide_params = None if params is None else jax.tree.map(_wide, params)
@@ -307,25 +359,55 @@ def galore(
         factors: list[Any] = [scale] * len(leaves)
         if correction is not None:
             factors = [scale * c[..., None, None] for c in correction]
+        decays = [None] * len(leaves) if decay is None else decay
+        weights = grads if params is None else where.pick(params)
         lifted = [
-            lift(leaf, p, f * u)
-            for leaf, p, f, u in zip(leaves, new, factors, directions, strict=True)
+            _lifted(leaf, p, f * u, c, w, is_projected(g))
+            for leaf, p, f, u, c, w, g in zip(
+                leaves, new, factors, directions, decays, weights, grads, strict=True
+            )
         ]
-        if decay is not None:
-            for i, (leaf, c, w) in enumerate(zip(leaves, decay, where.pick(params), strict=True)):
-                lifted[i] += _over(leaf, c) * w.astype(leaf.dtype)
-        like = updates if params is None else params
-        out = map(
-            lambda u, x: u.astype(jnp.result_type(x)),
-            where.flatten(where.put(lifted, out)),
-            where.flatten(like),
-        )
-        new_state = GaLoreState(
-            optax.safe_increment(count), where.put(new, state.projector), inner_state
-        )
-        return jax.tree.unflatten(jax.tree.structure(given), out), new_state
+        out = [
+            u if isinstance(u, Factored) else u.astype(jnp.result_type(x))
+            for u, x in zip(where.flatten(where.put(lifted, out)), where.flatten(like), strict=True)
+        ]
+        new_state = GaLoreState(optax.safe_increment(count), to_tree(where, new, like), inner_state)
+        treedef = jax.tree.structure(given, is_leaf=is_projected)
+        return jax.tree.unflatten(treedef, out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _projectors(leaves, grads, old, count, when: Schedule, method: str, stagger: bool):
+    """This step's projectors: those that came with the gradients, or refreshed from them."""
+    new = [
+        store(leaf, g.new_projector(load(leaf, p)), storage_of(p))
+        if is_projected(g) and g.projector is not None
+        else p
+        for leaf, g, p in zip(leaves, grads, old, strict=True)
+    ]
+    full = [i for i, g in enumerate(grads) if not is_projected(g)]
+    if full and when.any_due is not False:
+        refreshed = refresh(
+            tuple(leaves[i] for i in full),
+            [grads[i] for i in full],
+            [old[i] for i in full],
+            count,
+            when.of(leaves, full),
+            METHODS[method],
+            stagger,
+        )
+        for i, p in zip(full, refreshed, strict=True):
+            new[i] = p
+    return new
+
+
+def _lifted(leaf: Leaf, p, update, decay, w, in_subspace: bool):
+    """`P N + c W`, multiplied out or, for a gradient that never was full either, not."""
+    if in_subspace:
+        return Factored(p, update, decay, jnp.ones([], leaf.dtype), leaf, jnp.result_type(w))
+    u = lift(leaf, p, update)
+    return u if decay is None else u + _over(leaf, decay) * w.astype(leaf.dtype)
 
 
 def _no_inner(*args, **kwargs):
@@ -338,6 +420,8 @@ def _no_inner(*args, **kwargs):
 
 def _wide(x: jax.Array) -> jax.Array:
     """Float32 at least, for the arithmetic and the state of the inner optimizer."""
+    if is_projected(x):
+        return x
     dtype = jnp.result_type(x)
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))

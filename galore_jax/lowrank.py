@@ -1,0 +1,120 @@
+"""Gradients and updates that stay in the subspace, in the place of full-size arrays.
+
+Both are pytree nodes whose arrays scale with the thing they stand for, so that links of a
+chain that scale or measure gradients (`optax.clip_by_global_norm`) work on them unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.leaf import Leaf
+from galore_jax.projection import Stored, lift
+
+# A new projector rides along with the gradient that it projects. Scaled down to this it adds
+# nothing to a norm in float32, and the power of two leaves its digits alone.
+LIGHT = 2.0**-60
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("low_rank", "rest", "projector", "unit"),
+    meta_fields=("leaf",),
+)
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """The gradient of a projected leaf, as `galore_jax.value_and_grad` returns it.
+
+    The global norm of a tree with these nodes is that of the full gradient, since
+    `|G|^2 = |R|^2 + |G - P P^T G|^2`; scaling one scales the gradient; adding two adds the
+    gradients (`rest` then is an upper bound, by the triangle inequality) when their projectors
+    are the same.
+    """
+
+    low_rank: jax.Array  # R, shape=leaf.low_rank_shape
+    rest: jax.Array  # shape=leaf.batch: norm of the part of G outside the subspace
+    projector: jax.Array | None  # shape=leaf.projector_shape: the basis, times `unit`
+    unit: jax.Array | None  # shape=leaf.batch: LIGHT, times what the gradient was scaled by
+    leaf: Leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the full gradient."""
+        return self.leaf.shape
+
+    def new_projector(self, old: jax.Array) -> jax.Array:
+        """The basis that came along; where scaling spoilt it, `old`."""
+        if self.projector is None or self.unit is None:
+            return old
+        p = self.projector / self.unit[..., None, None]
+        return jnp.where(jnp.all(jnp.isfinite(p), (-2, -1), keepdims=True), p, old)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("projector", "low_rank", "decay", "unit"),
+    meta_fields=("leaf", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """The update of a projected leaf, `P N + c W`, not multiplied out.
+
+    `w + update`, and so `optax.apply_updates`, adds it matrix by matrix, in place. Scaling the
+    node's arrays scales the update. It has no `__jax_array__`, which JAX would prefer to the
+    addition below.
+    """
+
+    projector: Stored
+    low_rank: jax.Array  # N, shape=leaf.low_rank_shape
+    decay: jax.Array | None  # c, shape=leaf.batch
+    unit: jax.Array  # shape=(): one, times what the update was scaled by
+    leaf: Leaf
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the update."""
+        return self.leaf.shape
+
+    def __radd__(self, w: jax.Array) -> jax.Array:
+        return self.add_to(w, lambda x, index: x.astype(w.dtype))
+
+    def add_to(self, w: jax.Array, rounded: Callable[[jax.Array, jax.Array], jax.Array]):
+        """`w + self`; `rounded(sum, index)` casts the new matrix number `index`."""
+        leaf, axes = self.leaf, len(self.leaf.batch)
+        one = leaf.below(axes)
+        # A scaling reached both factors.
+        low_rank = self.low_rank / self.unit
+
+        def added(w, p, low_rank, decay, index):
+            wide = w.astype(leaf.dtype)
+            new = wide + lift(one, p, low_rank)
+            return rounded(new if decay is None else new + decay * wide, index)
+
+        if not axes:
+            return added(w, self.projector, low_rank, self.decay, jnp.int32(0))
+        count = math.prod(leaf.batch)
+        flat = functools.partial(jax.tree.map, lambda x: x.reshape(count, *x.shape[axes:]))
+        parts = flat((self.projector, low_rank, self.decay))
+
+        def body(i, w):
+            def at(x):
+                return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+            # Every read of the old matrix comes before the write, or XLA copies the stack.
+            new = added(at(w), *jax.tree.map(at, parts), i)
+            return jax.lax.dynamic_update_index_in_dim(w, new, i, 0)
+
+        return jax.lax.fori_loop(0, count, body, flat(w)).reshape(w.shape)
+
+
+def is_projected(x: Any) -> bool:
+    """Whether a leaf is a gradient in the subspace."""
+    return isinstance(x, Projected)

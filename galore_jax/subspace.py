@@ -1,0 +1,286 @@
+"""Gradients that arrive in the subspace: `value_and_grad`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.leaf import Leaf, bare
+from galore_jax.lowrank import LIGHT, Projected
+from galore_jax.projection import Stored, from_tree, load, storage_of, store
+from galore_jax.quantize import Encoded
+from galore_jax.refresh import per_leaf, schedule
+from galore_jax.specs import path_string
+from galore_jax.tap import Kernel, Rule, Slots, Tapped, Turn
+from galore_jax.transform import GaLoreState, Probe, probing
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    microbatches: int = 1,
+    refresh: bool = True,
+) -> Callable[..., tuple[Any, Any]]:
+    r"""Like `jax.value_and_grad`, with the gradients already projected by `tx`.
+
+    `galore` needs no more of a gradient G than :math:`R = P^T G`. Here the backward pass
+    projects each layer's gradient as soon as it has it, so the full gradient of a stack of
+    layers never exists, and on a step that refreshes computes the new projector there too.
+    With `galore_jax.dot_general` in the layers the gradient of a single layer is not formed
+    either. `tx.update` takes the result as it is, and the rest of a training loop stays:
+
+        loss, grads = galore_jax.value_and_grad(loss_fn, tx)(params, opt_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    The weights change as they would with `jax.value_and_grad`, to rounding. `optax.tree.norm`
+    of the gradients is the norm of the full gradient, so clipping by the global norm in front
+    of `galore` is exact. `updates` hold `P N` not multiplied out for projected leaves, which
+    `optax.apply_updates` (or `galore_jax.apply_updates`) adds layer by layer, in place where
+    `params` is donated.
+
+    A projected kernel reaches the model as an object that acts as an array
+    (`__jax_array__`): `jnp` functions, `@`, Linen and NNX layers and scans over stacked layers
+    take it. Three limits: a kernel that is used twice (tied weights), or under a `vmap` over
+    examples, would get two projectors at a refresh, so `exclude` it; kernels whose stacked
+    axes are not the leading ones get full gradients, as under `jax.value_and_grad`; and
+    `optax.MultiSteps` has to be inside of `galore`, or use `microbatches`.
+
+    Args:
+        loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`.
+        tx: the optimizer, with a `galore` somewhere in it.
+        has_aux: whether `loss_fn` returns something beside the loss.
+        microbatches: k, into how many parts to cut the arrays in `args` along their first
+            axis (each k-th row, so that a sharded batch stays sharded). Loss and gradients are
+            means over the parts, taken in the subspace in float32. On a refresh the first part
+            alone decides the projectors. `aux` comes stacked, and the norm of the gradients is
+            an upper bound of that of their mean.
+        refresh: whether steps 0, T, 2T, ... may refresh. False compiles a plain step, smaller
+            and in less memory, for the steps in between.
+
+    Returns:
+        `f(params, opt_state, *args, **kwargs) -> (loss, grads)`, ((loss, aux), grads) with
+        `has_aux`.
+
+    Raises:
+        ValueError: when called, where `tx` holds no `galore`, or one inside an
+            `optax.MultiSteps`; for rows that `microbatches` does not divide.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, galore_jax
+        >>> params = {"kernel": jnp.eye(8, 16), "bias": jnp.zeros(16)}
+        >>> x = jax.random.normal(jax.random.key(0), (32, 8))
+        >>> loss_fn = lambda p, x: jnp.mean((x @ p["kernel"] + p["bias"] - 1) ** 2)
+        >>> tx = optax.chain(optax.clip_by_global_norm(1.0), galore_jax.galore_adamw(0.1, rank=2))
+        >>> opt_state = tx.init(params)
+        >>> for _ in range(3):
+        ...     loss, grads = galore_jax.value_and_grad(loss_fn, tx)(params, opt_state, x)
+        ...     updates, opt_state = tx.update(grads, opt_state, params)
+        ...     params = optax.apply_updates(params, updates)
+        ...     print(f"{loss:.1f}")
+        1.5
+        1.1
+        0.9
+        >>> grads["kernel"].low_rank.shape
+        (2, 16)
+
+    References:
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, sections 4.2 and 4.4
+    """
+    if not isinstance(microbatches, int) or microbatches < 1:
+        raise ValueError(f"microbatches must be an int >= 1, got {microbatches!r}")
+
+    @functools.wraps(loss_fn)
+    def value_and_projected_grad(params, opt_state, *args, **kwargs):
+        leaves, treedef = jax.tree.flatten(params)
+        taps = _taps(tx, params, opt_state, refresh)
+
+        def tapped_loss(differentiable, projectors, turns, args):
+            flat = list(differentiable)
+            for i, tap in taps.items():
+                kernel = Kernel(leaves[i], projectors[i], differentiable[i], turns[i])
+                flat[i] = Tapped(kernel, tap.rule)  # type: ignore[assignment]
+            return loss_fn(treedef.unflatten(flat), *args, **kwargs)
+
+        def part(projectors, turns, args):
+            at = [_slots(taps[i]) if i in taps else x for i, x in enumerate(leaves)]
+            value, grads = jax.value_and_grad(tapped_loss, has_aux=has_aux)(
+                at, projectors, turns, args
+            )
+            return value, [
+                _projected(g, taps[i]) if i in taps else g for i, g in enumerate(grads)
+            ]
+
+        if microbatches > 1:
+            value, grads = _accumulate(part, taps, _cut(args, microbatches), has_aux)
+        else:
+            projectors = {i: tap.projector for i, tap in taps.items()}
+            value, grads = part(projectors, {i: tap.turn for i, tap in taps.items()}, args)
+        return value, treedef.unflatten(grads)
+
+    return value_and_projected_grad
+
+
+class _Tap(NamedTuple):
+    """A leaf to tap."""
+
+    rule: Rule
+    projector: Stored
+    turn: Turn | None
+
+
+def _taps(tx, params, opt_state, refresh: bool) -> dict[int, _Tap]:
+    """What `tx` would do at this step with each leaf that it projects, by position."""
+    positions = {
+        path_string(path): i
+        for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(bare(params)))
+    }
+    taps = {}
+    for probe, state in zip(*galores(tx, params, opt_state), strict=True):
+        leaves = probe.leaves
+        when = schedule(leaves, jnp.asarray(state.count), probe.update_proj_gap, probe.stagger)
+        stored = _stored(state, leaves)
+        rows = [per_leaf(leaves, x) for x in (when.due, when.layer)]
+        for leaf, p, due, layer in zip(leaves, stored, *rows, strict=True):
+            if leaf.batch_leads:
+                turn = Turn(due, layer, jnp.broadcast_to(state.count, leaf.batch))
+                rule = Rule(leaf, probe.method)
+                taps[positions[leaf.path]] = _Tap(rule, p, turn if refresh else None)
+    return taps
+
+
+def galores(tx, params, opt_state) -> tuple[list[Probe], list[GaLoreState]]:
+    """The settings and the states of every `galore` in an optimizer."""
+    with probing() as probes:
+        jax.eval_shape(
+            lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+        )
+    if not probes:
+        raise ValueError(
+            "tx holds no galore, so there is no subspace for the gradients to arrive in. Use "
+            "jax.value_and_grad with it, or an optimizer such as galore_jax.galore_adamw"
+        )
+    if any(p.in_multi_steps for p in probes):
+        raise ValueError(
+            "an optax.MultiSteps around galore averages full gradients. Put it inside, "
+            "galore(optax.MultiSteps(inner, k).gradient_transformation(), rank=...), or pass "
+            "microbatches=k"
+        )
+    states = [x for x in jax.tree.leaves(bare(opt_state), is_leaf=_is_state) if _is_state(x)]
+    matching = []
+    for probe in probes:
+        paths = [leaf.path for leaf in probe.leaves]
+        state = next((s for s in states if list(_projectors(s)) == paths), None)
+        if state is None:
+            raise ValueError(
+                f"opt_state does not fit tx: no GaLoreState in it projects {paths}. Was it made "
+                "by another tx? Start from tx.init(params)"
+            )
+        matching.append(state)
+    return probes, matching
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, GaLoreState)
+
+
+def _projectors(state: GaLoreState) -> dict[str, Stored]:
+    """Stored projectors by path."""
+    quantised = isinstance(state.projector, Encoded)
+    trees = state.projector if quantised else (state.projector,)
+    flat = [
+        {path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in trees
+    ]
+    return {k: Encoded(v, flat[1][k]) if quantised else v for k, v in flat[0].items()}
+
+
+def _stored(state: GaLoreState, leaves: tuple[Leaf, ...]) -> list[Stored]:
+    by_path = _projectors(state)
+    return [by_path[leaf.path] for leaf in leaves]
+
+
+def _slots(tap: _Tap) -> Slots:
+    leaf, dtype = tap.rule.leaf, tap.rule.leaf.dtype
+    square = jnp.zeros(leaf.batch, dtype)
+    low_rank = jnp.zeros(leaf.low_rank_shape, dtype)
+    if tap.turn is None:
+        return Slots(low_rank, square, None, None)
+    return Slots(low_rank, square, jnp.zeros(leaf.projector_shape, dtype), square)
+
+
+def _projected(slots: Slots, tap: _Tap) -> Projected:
+    # |G - P P^T G|^2 = |G|^2 - |R|^2, which rounding may put below zero.
+    inside = jnp.sum(jnp.square(slots.low_rank), axis=(-2, -1))
+    rest = jnp.sqrt(jnp.maximum(slots.square - inside, 0))
+    return Projected(slots.low_rank, rest, slots.projector, slots.unit, tap.rule.leaf)
+
+
+def _cut(args: Any, parts: int) -> Any:
+    """Part i of every array: rows i, i + k, i + 2k, ..."""
+
+    def cut(path, x):
+        rows = jnp.shape(x)[:1]
+        if not rows or rows[0] % parts:
+            raise ValueError(
+                f"microbatches={parts} does not divide the rows of argument "
+                f"{path_string(path)} of shape {jnp.shape(x)}; what is no batch goes by keyword"
+            )
+        return jnp.stack([x[i::parts] for i in range(parts)])
+
+    return jax.tree_util.tree_map_with_path(cut, args)
+
+
+def _accumulate(part, taps, args, has_aux) -> tuple[Any, list[Any]]:
+    """Means over microbatches, all projected as the first one was."""
+    count = jax.tree.leaves(args)[0].shape[0]
+
+    def unpack(projectors, turns, args):
+        """Loss and gradients to sum up, auxiliary output, and the projectors in use."""
+        value, grads = part(projectors, turns, args)
+        loss, aux = value if has_aux else (value, None)
+        used = {
+            i: store(tap.rule.leaf, grads[i].new_projector(load(tap.rule.leaf, p)), storage_of(p))
+            for (i, tap), p in zip(taps.items(), projectors.values(), strict=True)
+        }
+        alone = [
+            dataclasses.replace(g, projector=None, unit=None) if i in taps else g
+            for i, g in enumerate(grads)
+        ]
+        return (loss, alone), aux, used
+
+    def add(carry, x):
+        total, projectors = carry
+        first, args = x
+        turns = {
+            i: None if tap.turn is None else tap.turn._replace(due=tap.turn.due & first)
+            for i, tap in taps.items()
+        }
+        new, aux, projectors = unpack(projectors, turns, args)
+        total = jax.tree.map(lambda t, x: t + x.astype(t.dtype) / count, total, new)
+        return (total, projectors), aux
+
+    projectors = {i: tap.projector for i, tap in taps.items()}
+    turns = {i: tap.turn for i, tap in taps.items()}
+    shapes = jax.eval_shape(unpack, projectors, turns, jax.tree.map(lambda x: x[0], args))[0]
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
+    )
+    (total, projectors), aux = jax.lax.scan(
+        add, (zeros, projectors), (jnp.arange(count) == 0, args)
+    )
+    loss, grads = total
+    for i, tap in taps.items():
+        if tap.turn is not None:
+            p = load(tap.rule.leaf, projectors[i])
+            light = jnp.full(tap.rule.leaf.batch, LIGHT, p.dtype)
+            grads[i] = dataclasses.replace(grads[i], projector=p * LIGHT, unit=light)
+    return (loss, aux) if has_aux else loss, grads
