@@ -212,12 +212,13 @@ class Llama(nnx.Module):
         cos, sin = rotary(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
         block_def, stacked = nnx.split(self.blocks)
 
-        def body(x, layer):
-            return nnx.merge(block_def, layer)(x, cos, sin), None
+        def block(layer, x):
+            return nnx.merge(block_def, layer)(x, cos, sin)
 
-        # The scan already keeps XLA from merging the recomputation with the forward pass.
-        body = jax.checkpoint(body, prevent_cse=False) if config.remat else body
-        x, _ = jax.lax.scan(body, self.embed(tokens), stacked)
+        if config.remat:
+            x = galore_jax.layerwise(block, stacked, self.embed(tokens))
+        else:
+            x, _ = jax.lax.scan(lambda x, p: (block(p, x), None), self.embed(tokens), stacked)
         x = self.final_norm(x)
         return self.embed.attend(x) if config.tied else self.lm_head(x)
 

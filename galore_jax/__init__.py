@@ -3,6 +3,7 @@
 from galore_jax.adafactor import galore_adafactor
 from galore_jax.alias import galore_adamw, galore_lion, galore_sgd
 from galore_jax.chaining import chain, install
+from galore_jax.layers import layerwise, value_and_update
 from galore_jax.specs import last_two_axes
 from galore_jax.subspace import value_and_grad
 from galore_jax.summary import summary
@@ -27,6 +28,9 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "value_and_grad",
     "dot_general",
     "promote_dtype",
+    # Layer by layer
+    "layerwise",
+    "value_and_update",
     # Tools
     "last_two_axes",
     "summary",

@@ -57,14 +57,17 @@ def stored_shapes(leaf: Leaf, storage: Storage) -> tuple[tuple[int, ...], ...]:
     return (leaf.projector_shape,)
 
 
-def to_tree(where: Sites, stored: list[Stored], like: optax.Params) -> optax.Params:
+def to_tree(
+    where: Sites, stored: list[Stored], like: optax.Params, storage: Storage
+) -> optax.Params:
     """The projectors as a tree like the parameters, or as one of codes and one of scales.
 
     Two trees, since `nnx.Optimizer` does not keep a struct in the place of a parameter.
     """
     masked = jax.tree.map(lambda _: optax.MaskedNode(), like)
-    if stored and isinstance(stored[0], Encoded):
-        return Encoded(*(where.put(part, masked) for part in zip(*stored, strict=True)))
+    if isinstance(storage, Format):
+        parts = (where.put([getattr(p, f) for p in stored], masked) for f in Encoded._fields)
+        return Encoded(*parts)
     return where.put(stored, masked)
 
 

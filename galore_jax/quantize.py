@@ -248,8 +248,8 @@ def _encode_dynamic(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Arra
     for i, (count, first) in enumerate(_decades(fmt.signed)):
         # Between a decade's last level and the next one's first, the middle is no edge of
         # either's equal intervals: the decade is chosen by it, and the last level cuts off.
-        low, slope = np.float32(10.0 ** (i - _DECADES)), count / 0.9 * 10.0 ** (_DECADES - 1 - i)
-        inside = (size - low) * np.float32(slope) + np.float32(first)
+        slope, offset = count / 0.9 * 10.0 ** (_DECADES - 1 - i), first - count / 9
+        inside = size * np.float32(slope) + np.float32(offset)
         inside = jnp.minimum(inside, np.float32(first + count - 1))
         distance = jnp.where(size > middles[first - 1], inside, distance)
     distance = jnp.where(size > middles[-1], np.float32(len(middles)), distance).astype(jnp.int32)
@@ -283,7 +283,7 @@ def _extremes(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _normalise(blocks: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Divide blocks by their scales; where a scale is none, both are zero."""
     usable = jnp.abs(scale) >= _SMALLEST
-    return jnp.where(usable, scale, 0), jnp.where(usable, blocks / scale, 0)
+    return jnp.where(usable, scale, 0), blocks * jnp.where(usable, 1 / scale, 0)
 
 
 def _blocks(x: jax.Array, batch: int) -> jax.Array:

@@ -51,9 +51,9 @@ def in_multi_steps() -> bool:
 class Layer(NamedTuple):
     """One layer of a model, updated by itself: its leaves are slices of stacked ones."""
 
-    index: jax.Array  # int32 scalar: which slice
-    first: dict[str, int]  # by path of a leaf, the number of its first matrix in the model
-    total: int  # matrices in the model
+    index: jax.typing.ArrayLike  # int32 scalar: which slice
+    # By path of a leaf: the number of its first matrix, and how many matrices there are.
+    numbers: dict[str, tuple[int, int]]
 
 
 _layer: contextvars.ContextVar[Layer | None] = contextvars.ContextVar(
@@ -102,8 +102,9 @@ def schedule(
     total, j = sum(sizes), np.arange(sum(sizes), dtype=np.int32)
     if (slices := _layer.get()) is not None:
         layer += np.repeat(sizes, sizes).astype(np.int32) * slices.index
-        total = slices.total
-        j = np.repeat([slices.first.get(x.path, 0) for x in leaves], sizes).astype(np.int32) + layer
+        first = [slices.numbers[x.path][0] for x in leaves]
+        j = np.repeat(first, sizes).astype(np.int32) + layer
+        total = max([slices.numbers[x.path][1] for x in leaves], default=1)
     offset = 0
     if stagger:  # floor(j T / K) without the overflow of j T
         offset = j * (update_proj_gap // total) + j * (update_proj_gap % total) // total

@@ -293,7 +293,7 @@ def galore(
         if moments != "keep":
             moments_lib.check(inner_tx.init, inner_state, params, plan, moments)
         return GaLoreState(
-            jnp.zeros([], jnp.int32), to_tree(where, projectors, params), inner_state
+            jnp.zeros([], jnp.int32), to_tree(where, projectors, params, storage), inner_state
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -371,7 +371,7 @@ def galore(
             u if isinstance(u, Factored) else u.astype(jnp.result_type(x))
             for u, x in zip(where.flatten(where.put(lifted, out)), where.flatten(like), strict=True)
         ]
-        new_state = GaLoreState(optax.safe_increment(count), to_tree(where, new, like), inner_state)
+        new_state = GaLoreState(optax.safe_increment(count), to_tree(where, new, like, storage), inner_state)
         treedef = jax.tree.structure(given, is_leaf=is_projected)
         return jax.tree.unflatten(treedef, out), new_state
 

@@ -1,0 +1,438 @@
+"""Training layer by layer: each layer's weights change as soon as its gradient is known.
+
+`layerwise` runs the blocks of a model; `value_and_update` differentiates a loss that uses it
+and updates the stacked weights and optimizer state in place, in the reverse loop over layers.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.interpreters import partial_eval as pe
+
+from galore_jax.leaf import bare, owners
+from galore_jax.refresh import Layer, one_layer
+from galore_jax.specs import path_string
+from galore_jax.transform import probing
+
+Block = Callable[[Any, Any], Any]
+Arrays = dict[int, Any]  # by position in a flattened tree
+
+
+class _Call(NamedTuple):
+    """The arguments of a `layerwise`."""
+
+    block: Block
+    params: Any
+    x: Any
+
+
+class _Found(Exception):
+    """Leaves a loss at its `layerwise`."""
+
+
+@dataclasses.dataclass
+class _Visitor:
+    """What to do at a `layerwise`: leave the loss there, or go on with `output`."""
+
+    output: Any = None
+    calls: list[_Call] = dataclasses.field(default_factory=list)
+
+
+_visitor: contextvars.ContextVar[_Visitor | None] = contextvars.ContextVar(
+    "galore_jax_visitor", default=None
+)
+
+
+def layerwise(block: Block, params: Any, x: Any) -> Any:
+    """Run the stacked blocks of a model one after the other.
+
+    The value of `x = block(p, x)` over the slices p of `params`, first to last, as by
+    `jax.lax.scan`, with each block's activations recomputed in the backward pass
+    (`jax.checkpoint`), so that a block's input is all that is kept. Inside
+    `galore_jax.value_and_update` it marks the layers that are updated one by one.
+
+    Args:
+        block: `block(params of one layer, x) -> x`. It may close over what is not trained, such
+            as positions and masks; parameters have to come by its argument.
+        params: tree of arrays with a leading layer axis.
+        x: array or tree, the input of the first block.
+
+    Returns:
+        The output of the last block.
+
+    Example:
+        >>> import jax.numpy as jnp, galore_jax
+        >>> kernels = jnp.stack([2 * jnp.eye(4), 3 * jnp.eye(4)])
+        >>> galore_jax.layerwise(lambda w, x: x @ w, kernels, jnp.ones(4))
+        Array([6., 6., 6., 6.], dtype=float32)
+    """
+    visitor = _visitor.get()
+    if visitor is not None:
+        visitor.calls.append(_Call(block, params, x))
+        if visitor.output is None:
+            raise _Found
+        return visitor.output
+    # A scan already keeps XLA from merging the recomputation with the forward pass.
+    body = jax.checkpoint(lambda x, p: (block(p, x), None), prevent_cse=False)
+    return jax.lax.scan(body, x, params)[0]
+
+
+def value_and_update(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    clip_norm: float | None = None,
+    refresh: bool = True,
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """One training step that never holds more than one layer's gradient.
+
+    The loss runs its blocks through `galore_jax.layerwise`. A forward pass keeps the input of
+    each block; a reverse loop then takes one layer at a time: recompute its activations,
+    differentiate, update its slice of the weights and of the optimizer state where they lie.
+    Embeddings, heads and norms are updated before and after. The result is that of
+
+        loss, grads = jax.value_and_grad(loss_fn)(params, *args)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    to rounding, and `opt_state` is the same, from `tx.init(params)`. Call it under a `jit` that
+    donates params and opt_state, or nothing is in place.
+
+    It works with every optimizer that treats leaves, and the layers of a stacked leaf,
+    separately; what needs all gradients at once is refused when it is traced. For clipping by
+    the global norm there is `clip_norm`.
+
+    Args:
+        loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`; it
+            calls `layerwise` once, not within another `jit`, `checkpoint` or `scan`, on a
+            subtree of `params`.
+        tx: the optimizer.
+        has_aux: whether `loss_fn` returns something beside the loss.
+        clip_norm: clip the gradient to this global norm, in place of an
+            `optax.clip_by_global_norm` in `tx`. The norm is known only when the last layer is
+            done, so the backward pass runs twice.
+        refresh: whether projectors may be refreshed; False compiles a plain step, for the steps
+            between 0, T, 2T, ...
+
+    Returns:
+        `f(params, opt_state, *args, **kwargs) -> (loss, params, opt_state)`, ((loss, aux), ...)
+        with `has_aux`.
+
+    Raises:
+        ValueError: when called, for a loss without a `layerwise` or with several, for one whose
+            parameters are not slices of `params`, and for an optimizer that mixes leaves.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, galore_jax
+        >>> params = {"blocks": {"kernel": jnp.stack([jnp.eye(8, 8)] * 3)}, "head": jnp.ones(8)}
+        >>> def loss_fn(params, x):
+        ...     x = galore_jax.layerwise(lambda p, x: x + x @ p["kernel"], params["blocks"], x)
+        ...     return jnp.mean((x @ params["head"] - 1) ** 2)
+        >>> tx = galore_jax.galore_adamw(
+        ...     0.01, rank=2, weight_dimension_numbers=galore_jax.last_two_axes)
+        >>> step = jax.jit(galore_jax.value_and_update(loss_fn, tx), donate_argnums=(0, 1))
+        >>> opt_state, x = tx.init(params), jax.random.normal(jax.random.key(0), (32, 8))
+        >>> for _ in range(3):
+        ...     loss, params, opt_state = step(params, opt_state, x)
+        ...     print(f"{loss:.0f}")
+        560
+        537
+        516
+
+    References:
+        Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023; Zhao et al., `GaLore
+        <https://arxiv.org/abs/2403.03507>`_, 2024, per-layer weight updates
+    """
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive or None, got {clip_norm!r}")
+
+    @functools.wraps(loss_fn)
+    def value_and_updated(params, opt_state, *args, **kwargs):
+        model = _split(lambda p: loss_fn(p, *args, **kwargs), params, has_aux)
+        optimizer = _parts(tx, params, opt_state, refresh)
+        # By position: in the parameters' leaves, in the state's.
+        weights = dict(enumerate(jax.tree.leaves(params)))
+        state = dict(enumerate(jax.tree.leaves(opt_state)))
+        rest = {i: weights[i] for i in model.rest}
+        stack = {i: weights[i] for i in model.stacked}
+        layers = jnp.shape(weights[model.stacked[0]])[0]
+
+        # Forward, keeping the blocks' inputs.
+        x, before_vjp = jax.vjp(model.before, rest)
+        block = model.block()
+        x, inputs = jax.lax.scan(lambda x, p: (block(p, x), x), x, stack)
+        loss, after_vjp, aux = jax.vjp(model.after, rest, x, has_aux=True)
+
+        def reverse(dx, stack, carry, visit):
+            """From the last layer to the first, with the gradient of each."""
+
+            def body(k, state):
+                dx, stack, carry = state
+                i = layers - 1 - k
+                p, x = jax.tree.map(lambda a: _row(a, i), (stack, inputs))
+                dp, dx = jax.vjp(block, p, x)[1](dx)
+                return visit(i, dp, dx, stack, carry)
+
+            return jax.lax.fori_loop(0, layers, body, (dx, stack, carry))
+
+        def gradient_norm():
+            d_after, dx = after_vjp(jnp.ones_like(loss))
+
+            def visit(i, dp, dx, stack, squares):
+                return dx, stack, squares + optax.tree.norm(dp, squared=True)
+
+            dx, _, squares = reverse(dx, stack, jnp.zeros([]), visit)
+            d_rest = jax.tree.map(jnp.add, d_after, before_vjp(dx)[0])
+            return jnp.sqrt(squares + optax.tree.norm(d_rest, squared=True))
+
+        # The backward pass is linear in its seed.
+        seed = jnp.ones_like(loss)
+        if clip_norm is not None:
+            norm = gradient_norm()
+            seed = jnp.where(norm < clip_norm, 1, clip_norm / norm).astype(loss.dtype)
+        d_after, dx = after_vjp(seed)
+
+        # The output head, before the layers: its gradient need not outlive them.
+        first = {i: d_after[i] for i in model.rest if i not in model.used_before}
+        done, _ = optimizer.step(first, weights, state)
+        dx, done = jax.lax.optimization_barrier((dx, done))
+
+        # The layers, each updated where it lies.
+        def visit(i, dp, dx, stack, owned):
+            def update(weights, state, dp, dx):
+                grads = {j: g[None] for j, g in dp.items()}
+                return optimizer.step(grads, weights, state, layer=i)[0], dx
+
+            slices = jax.tree.map(lambda a: _rows(a, i, layers), (stack, owned))
+            new, dx = _reads_first(update, loss, *slices, dp, dx)
+            put = functools.partial(_put_rows, index=i)
+            return dx, *jax.tree.map(put, (stack, owned), new)
+
+        owned = optimizer.of(stack, state)
+        optimizer.check_rows(owned, layers)
+        dx, *done_layers = reverse(dx, stack, owned, visit)
+
+        # Embeddings, when the gradient has come back to them.
+        last = {i: g + d_after[i] for i, g in before_vjp(dx)[0].items() if i in model.used_before}
+        done_last, shared = optimizer.step(last, weights, state)
+        for new_weights, new_state in (done, done_layers, done_last, ({}, shared)):
+            weights |= new_weights
+            state |= new_state
+        params = jax.tree.structure(params).unflatten(weights.values())
+        opt_state = jax.tree.structure(opt_state).unflatten(state.values())
+        return ((loss, aux) if has_aux else loss), params, opt_state
+
+    return value_and_updated
+
+
+class _Model(NamedTuple):
+    """A loss, taken apart at its `layerwise`."""
+
+    stacked: list[int]  # positions of the blocks' leaves among the parameters
+    rest: list[int]  # and of all others
+    used_before: set[int]  # those of the rest that the first block's input depends on
+    before: Callable[[Arrays], Any]  # from the rest to the input of the first block
+    block: Callable[[], Callable[[Arrays, Any], Any]]  # call it when `before` has been traced
+    after: Callable[[Arrays, Any], Any]  # from the rest and the last output to (loss, aux)
+
+
+def _split(loss_fn: Callable[[Any], Any], params: Any, has_aux: bool) -> _Model:
+    leaves, treedef = jax.tree.flatten(params)
+    found: list[_Call] = []
+
+    def visiting(values, output):
+        """Run the loss with these leaves; its value, and the `layerwise` that it came to."""
+        flat = [values.get(i, x) for i, x in enumerate(leaves)]
+        visitor = _Visitor(output)
+        token = _visitor.set(visitor)
+        try:
+            return loss_fn(treedef.unflatten(flat)), visitor.calls
+        except _Found:
+            return None, visitor.calls
+        finally:
+            _visitor.reset(token)
+
+    jax.eval_shape(lambda: found.extend(visiting({}, None)[1]))
+    if not found:
+        raise ValueError(
+            "value_and_update: the loss calls no galore_jax.layerwise, so there are no layers to "
+            "update one by one. Run the blocks with it, or use galore_jax.value_and_grad"
+        )
+    position = {id(x): i for i, x in enumerate(leaves)}
+    blocks, block_def = jax.tree.flatten(found[0].params)
+    stacked = [position.get(id(x), -1) for x in blocks]
+    if -1 in stacked or not stacked:
+        raise ValueError(
+            "value_and_update: the parameters given to galore_jax.layerwise must be leaves of "
+            "params as they are, stacked on a first axis; an array of shape "
+            f"{jnp.shape(blocks[stacked.index(-1)]) if stacked else ()} is none of them (a cast, "
+            "or parameters of the layers that were stacked inside the loss?)"
+        )
+    rest = [i for i in range(len(leaves)) if i not in stacked]
+    calls: list[_Call] = []
+
+    def before(values):
+        calls[:] = visiting(values, None)[1]
+        return calls[0].x
+
+    def block():
+        run = calls[0].block
+        return lambda p, x: run(block_def.unflatten([p[i] for i in stacked]), x)
+
+    def after(values, x):
+        value, visited = visiting(values, x)
+        if len(visited) > 1:
+            raise ValueError(
+                "value_and_update: the loss calls galore_jax.layerwise more than once; update "
+                "one stack layer by layer and run the others with jax.lax.scan"
+            )
+        return value if has_aux else (value, None)
+
+    traced = jax.make_jaxpr(before)({i: leaves[i] for i in rest}).jaxpr
+    used = pe.dce_jaxpr(traced, [True] * len(traced.outvars))[1]
+    used_before = {i for i, u in zip(rest, used, strict=True) if u}
+    return _Model(stacked, rest, used_before, before, block, after)
+
+
+class _Parts(NamedTuple):
+    """An optimizer that can update some parameters at a time."""
+
+    # (gradients, weights, state, layer) -> ((weights, state), shared state), by position; the
+    # gradients say which, of the others more may be given.
+    step: Callable[..., tuple[tuple[Arrays, Arrays], Arrays]]
+    owner: list[int | None]  # of each array in the state, the parameter it belongs to
+    paths: list[str]  # of the parameters
+
+    def of(self, weights: Arrays, state: Arrays) -> Arrays:
+        """The arrays in the state that belong to these parameters."""
+        return {j: state[j] for j, i in enumerate(self.owner) if i in weights}
+
+    def check_rows(self, owned: Arrays, layers: int) -> None:
+        """Raise where state of a stacked leaf cannot be cut into its layers."""
+        for j, x in owned.items():
+            if not x.ndim or x.shape[0] % layers:
+                raise ValueError(
+                    f"value_and_update: the optimizer keeps an array of shape {x.shape} for leaf "
+                    f"'{self.paths[self.owner[j]]}' of {layers} layers, which cannot be cut "  # type: ignore[index]
+                    "into them. Keep that leaf out of the optimizer's state (optax.masked), or "
+                    "use galore_jax.value_and_grad"
+                )
+
+
+def _parts(tx, params, opt_state, refresh: bool) -> _Parts:
+    plain = bare(params)
+    treedef, state_def = jax.tree.structure(plain), jax.tree.structure(opt_state)
+    arrays = jax.tree.leaves(opt_state)
+    found = owners(tx.init, bare(opt_state), plain)
+    owner = [found.get(id(x)) for x in arrays]
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(plain)]
+    numbers = _numbers(tx, params, opt_state)
+    tx = optax.with_extra_args_support(tx)
+    absent = optax.MaskedNode()
+
+    def step(grads, weights, state, layer=0, refresh=refresh):
+        def tree(values):
+            return treedef.unflatten(
+                [values[i] if i in grads else absent for i in range(len(paths))]
+            )
+
+        kept = [
+            arrays[j] if i is None else state[j] if i in grads else absent
+            for j, i in enumerate(owner)
+        ]
+        with one_layer(Layer(layer, numbers), refresh):
+            updates, new = tx.update(tree(grads), state_def.unflatten(kept), tree(weights))
+        new_params = optax.apply_updates(tree(weights), updates)
+        flat, new_state = treedef.flatten_up_to(new_params), state_def.flatten_up_to(new)
+        mine = {j: new_state[j] for j, i in enumerate(owner) if i in grads}
+        shared = {j: new_state[j] for j, i in enumerate(owner) if i is None}
+        return ({i: flat[i] for i in grads}, mine), shared
+
+    parts = _Parts(step, owner, paths)
+    _check_separate(parts, jax.tree.leaves(plain), arrays)
+    return parts
+
+
+def _numbers(tx, params, opt_state) -> dict[str, tuple[int, int]]:
+    """By path of a projected leaf: its first matrix's number, and how many there are."""
+    with probing() as probes:
+        jax.eval_shape(
+            lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+        )
+    numbers = {}
+    for probe in probes:
+        sizes = [math.prod(leaf.batch) for leaf in probe.leaves]
+        for i, leaf in enumerate(probe.leaves):
+            numbers[leaf.path] = (sum(sizes[:i]), sum(sizes))
+    return numbers
+
+
+def _check_separate(parts: _Parts, weights: list[Any], state: list[Any]) -> None:
+    """Raise where an optimizer's treatment of a leaf depends on the gradient of another."""
+
+    def run(grads):
+        return parts.step(
+            grads, dict(enumerate(weights)), dict(enumerate(state)), refresh=False
+        )
+
+    like = {i: jnp.zeros_like(w) for i, w in enumerate(weights)}
+    traced, shapes = jax.make_jaxpr(run, return_shape=True)(like)
+    (new_weights, new_state), shared = shapes
+    # Dicts are flattened in the order of their keys.
+    outputs = [*sorted(new_weights), *(parts.owner[j] for j in sorted(new_state))]
+    outputs += [None] * len(shared)
+    for leaf in dict.fromkeys(outputs):
+        used = pe.dce_jaxpr(traced.jaxpr, [o == leaf for o in outputs])[1]
+        others = [i for i, u in enumerate(used) if u and i != leaf]
+        if others:
+            what = "state that all leaves share" if leaf is None else f"leaf '{parts.paths[leaf]}'"
+            raise ValueError(
+                f"value_and_update: the optimizer's update of {what} depends on the gradient of "
+                f"leaf '{parts.paths[others[0]]}', so leaves cannot be updated one by one. For "
+                "clipping by the global norm pass clip_norm= instead of putting "
+                "optax.clip_by_global_norm into tx; else use galore_jax.value_and_grad"
+            )
+
+
+def _reads_first(update, loss, weights, state, dp, dx):
+    """`update(weights, state, dp, dx)`, all of whose operands are read before it writes.
+
+    XLA's CPU backend orders reads and writes of a loop's carry by data dependence alone, and
+    copies the whole stack in each turn where it cannot tell that the reads of a slice come
+    first. Behind a conditional they do. Elsewhere the plain loop is in place, and the
+    conditional would cost memory.
+    """
+    # Always true, which XLA cannot know: one of 2^24 kinds of NaN.
+    bits = jax.lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.int32)
+    true = bits != 0x7FC0DEAD
+
+    def behind_conditional(*operands):
+        return jax.lax.cond(true, update, lambda w, s, dp, dx: ((w, s), dx), *operands)
+
+    return jax.lax.platform_dependent(
+        weights, state, dp, dx, cpu=behind_conditional, default=update
+    )
+
+
+def _row(a: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
+
+
+def _rows(a: jax.Array, i: jax.Array, layers: int) -> jax.Array:
+    """Layer i of an array, its leading axis kept: blocks' scales may have several rows each."""
+    rows = a.shape[0] // layers
+    return jax.lax.dynamic_slice_in_dim(a, i * rows, rows)
+
+
+def _put_rows(a: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(a, new, index * new.shape[0], 0)
