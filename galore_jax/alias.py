@@ -11,6 +11,7 @@ from typing import Any, TypeVar, Unpack
 import jax
 import optax
 
+from galore_jax.eightbit import adamw8bit
 from galore_jax.leaf import Rank
 from galore_jax.transform import GaLoreOptions, galore
 
@@ -97,6 +98,58 @@ def galore_adamw(
     inner = optax.adamw(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )
+    return galore(inner, rank=rank, **options)
+
+
+@spell_out_options
+def galore_adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any = None,
+    *,
+    rank: Rank,
+    **options: Unpack[GaLoreOptions],
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW in the subspace with moments in 8 bits: the paper's recipe for 7B in 24 GB.
+
+    `galore(galore_jax.adamw8bit(...), rank=rank)`: the update of `galore_adamw`, with its moments
+    stored by blocks of 256 as `galore_jax.scale_by_adam8bit` does. With `projector_dtype="int8"`
+    the whole state of a matrix (m, n) takes about r (m + 2 n) bytes.
+
+    Args:
+        learning_rate: eta, a number or a schedule.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added to the root of the second moment.
+        eps_root: added under the root.
+        weight_decay: lambda, decoupled, acting on the full weight.
+        mask: tree of bools, or callable giving one: which leaves decay.
+        rank: see `galore`.
+        **options: see `galore`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+        TypeError: as `galore`, and for a leaf that is not of a real floating dtype.
+        ValueError: as `galore`; 8-bit moments cannot be reset or rotated at a refresh.
+
+    Example:
+        >>> import jax.numpy as jnp, galore_jax
+        >>> tx = galore_jax.galore_adamw8bit(1e-3, rank=64, projector_dtype="int8")
+        >>> state = tx.init({"kernel": jnp.ones((256, 512))})
+        >>> state.inner_state[0].mu["kernel"].dtype, state.projector.codes["kernel"].dtype
+        (dtype('uint8'), dtype('int8'))
+
+    References:
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024; Dettmers et al., `8-bit
+        Optimizers via Block-wise Quantization <https://arxiv.org/abs/2110.02861>`_, 2021
+    """
+    inner = adamw8bit(learning_rate, b1, b2, eps, eps_root, weight_decay, mask)
     return galore(inner, rank=rank, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,6 +55,17 @@ def check_projectors(plan: Plan, where: Sites, projector: Any, storage: Storage)
                 "projected. Was the state restored from a run with another rank, proj_type, "
                 "projector_dtype, exclude or weight_dimension_numbers? Use the same, or start "
                 "from tx.init(params)"
+            )
+
+
+def check_projected(leaves: Sequence[Leaf], grads: Sequence[Any]) -> None:
+    """Raise where gradients were projected by another optimizer's settings."""
+    for leaf, g in zip(leaves, grads, strict=True):
+        if is_projected(g) and (g.leaf.side, g.leaf.rank) != (leaf.side, leaf.rank):
+            raise ValueError(
+                f"the gradient of leaf '{leaf.path}' was projected on side '{g.leaf.side}' to rank "
+                f"{g.leaf.rank}, but this optimizer projects it on side '{leaf.side}' to rank "
+                f"{leaf.rank}: give galore_jax.value_and_grad the optimizer that updates"
             )
 
 

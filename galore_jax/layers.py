@@ -20,6 +20,7 @@ from jax.interpreters import partial_eval as pe
 
 from galore_jax.leaf import bare, owners
 from galore_jax.refresh import Layer, one_layer
+from galore_jax.rounding import apply_updates
 from galore_jax.specs import path_string
 from galore_jax.transform import probing
 
@@ -125,8 +126,9 @@ def value_and_update(
             between 0, T, 2T, ...
 
     Returns:
-        `f(params, opt_state, *args, **kwargs) -> (loss, params, opt_state)`, ((loss, aux), ...)
-        with `has_aux`.
+        `f(params, opt_state, *args, rounding_key=None, **kwargs) -> (loss, params, opt_state)`,
+        ((loss, aux), ...) with `has_aux`. Given a `rounding_key`, bfloat16 weights are rounded
+        stochastically, as by `galore_jax.apply_updates`.
 
     Raises:
         ValueError: when called, for a loss without a `layerwise` or with several, for one whose
@@ -157,9 +159,9 @@ def value_and_update(
         raise ValueError(f"clip_norm must be positive or None, got {clip_norm!r}")
 
     @functools.wraps(loss_fn)
-    def value_and_updated(params, opt_state, *args, **kwargs):
+    def value_and_updated(params, opt_state, *args, rounding_key=None, **kwargs):
         model = _split(lambda p: loss_fn(p, *args, **kwargs), params, has_aux)
-        optimizer = _parts(tx, params, opt_state, refresh)
+        optimizer = _parts(tx, params, opt_state, refresh, rounding_key)
         # By position: in the parameters' leaves, in the state's.
         weights = dict(enumerate(jax.tree.leaves(params)))
         state = dict(enumerate(jax.tree.leaves(opt_state)))
@@ -329,7 +331,7 @@ class _Parts(NamedTuple):
                 )
 
 
-def _parts(tx, params, opt_state, refresh: bool) -> _Parts:
+def _parts(tx, params, opt_state, refresh: bool, rounding_key: jax.Array | None) -> _Parts:
     plain = bare(params)
     treedef, state_def = jax.tree.structure(plain), jax.tree.structure(opt_state)
     arrays = jax.tree.leaves(opt_state)
@@ -340,7 +342,7 @@ def _parts(tx, params, opt_state, refresh: bool) -> _Parts:
     tx = optax.with_extra_args_support(tx)
     absent = optax.MaskedNode()
 
-    def step(grads, weights, state, layer=0, refresh=refresh):
+    def step(grads, weights, state, layer=None, refresh=refresh):
         def tree(values):
             return treedef.unflatten(
                 [values[i] if i in grads else absent for i in range(len(paths))]
@@ -350,9 +352,13 @@ def _parts(tx, params, opt_state, refresh: bool) -> _Parts:
             arrays[j] if i is None else state[j] if i in grads else absent
             for j, i in enumerate(owner)
         ]
-        with one_layer(Layer(layer, numbers), refresh):
+        with one_layer(Layer(0 if layer is None else layer, numbers), refresh):
             updates, new = tx.update(tree(grads), state_def.unflatten(kept), tree(weights))
-        new_params = optax.apply_updates(tree(weights), updates)
+        key = rounding_key
+        if key is not None:  # each leaf's own comes from its place among those of this part
+            part = min(grads, default=0) if layer is None else len(paths) + layer
+            key = jax.random.fold_in(key, part)
+        new_params = apply_updates(tree(weights), updates, key)
         flat, new_state = treedef.flatten_up_to(new_params), state_def.flatten_up_to(new)
         mine = {j: new_state[j] for j, i in enumerate(owner) if i in grads}
         shared = {j: new_state[j] for j, i in enumerate(owner) if i is None}
@@ -366,9 +372,7 @@ def _parts(tx, params, opt_state, refresh: bool) -> _Parts:
 def _numbers(tx, params, opt_state) -> dict[str, tuple[int, int]]:
     """By path of a projected leaf: its first matrix's number, and how many there are."""
     with probing() as probes:
-        jax.eval_shape(
-            lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
-        )
+        jax.eval_shape(lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params))
     numbers = {}
     for probe in probes:
         sizes = [math.prod(leaf.batch) for leaf in probe.leaves]
@@ -381,9 +385,7 @@ def _check_separate(parts: _Parts, weights: list[Any], state: list[Any]) -> None
     """Raise where an optimizer's treatment of a leaf depends on the gradient of another."""
 
     def run(grads):
-        return parts.step(
-            grads, dict(enumerate(weights)), dict(enumerate(state)), refresh=False
-        )
+        return parts.step(grads, dict(enumerate(weights)), dict(enumerate(state)), refresh=False)
 
     like = {i: jnp.zeros_like(w) for i, w in enumerate(weights)}
     traced, shapes = jax.make_jaxpr(run, return_shape=True)(like)

@@ -73,7 +73,8 @@ def encode(x: jax.Array, fmt: Format, batch: int = 0) -> Encoded:
     .. math::
         s = \max |x|, \quad c = \arg\min_k |x / s - t_k|
 
-    with t bitsandbytes' map (a tie goes to the smaller magnitude). A linear format of b bits
+    with t bitsandbytes' map (either neighbour for numbers within 1e-6 of themselves from the
+    middle between two levels). A linear format of b bits
     puts the number largest in magnitude on the lowest level, which one more level than on
     the other side is open to, and then fits the scale, which may be negative:
 
@@ -114,6 +115,8 @@ def encode(x: jax.Array, fmt: Format, batch: int = 0) -> Encoded:
     return encode_finite(jnp.where(jnp.abs(x) < jnp.inf, x, 0), fmt, batch)
 
 
+# Compiled pieces: traced once for all leaves of a shape.
+@functools.partial(jax.jit, static_argnames=("fmt", "batch"))
 def encode_finite(x: jax.Array, fmt: Format, batch: int = 0) -> Encoded:
     """Do the work of `encode` on float32 numbers that are known to be finite."""
     blocks = _blocks(x, batch)
@@ -122,6 +125,7 @@ def encode_finite(x: jax.Array, fmt: Format, batch: int = 0) -> Encoded:
     return Encoded(_pack(codes) if fmt.bits == 4 else codes.astype(fmt.dtype), scales[..., 0])
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "shape", "dtype"))
 def decode(
     codes: jax.Array, scales: jax.Array, fmt: Format, shape: tuple[int, ...], dtype: Any = None
 ) -> jax.Array:
@@ -233,13 +237,17 @@ def _decades(signed: bool) -> list[tuple[int, int]]:
 
 
 def _encode_dynamic(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
-    """Codes of the nearest levels: which decade, then linear within it.
-
-    Seven comparisons, which vectorise; a search in the table takes 7 to 50 times as long
-    (benchmarks/eightbit.py).
-    """
     top, bottom = _extremes(blocks) if fmt.signed else (jnp.max(blocks, -1, keepdims=True), 0)
     scale, y = _normalise(blocks, jnp.maximum(top, -bottom))
+    return nearest_level(y, fmt), scale
+
+
+def nearest_level(y: jax.Array, fmt: Format) -> jax.Array:
+    """Find the codes of a dynamic map's levels nearest to numbers in [-1, 1].
+
+    First the decade, then linear within it: seven comparisons, which vectorise. A search in the
+    table takes 5 to 20 times as long (benchmarks/eightbit.py).
+    """
     size = jnp.abs(y) if fmt.signed else y
     levels = dynamic_map(fmt.signed)[fmt.zero :].astype(np.float64)
     middles = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
@@ -256,7 +264,7 @@ def _encode_dynamic(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Arra
     if fmt.signed:
         # The map has 1 but not -1, so that the most negative number gets the level before.
         distance = jnp.where(y < 0, jnp.maximum(-distance, -fmt.zero), distance)
-    return distance + fmt.zero, scale
+    return distance + fmt.zero
 
 
 def _encode_linear(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:

@@ -115,9 +115,7 @@ def value_and_grad(
             value, grads = jax.value_and_grad(tapped_loss, has_aux=has_aux)(
                 at, projectors, turns, args
             )
-            return value, [
-                _projected(g, taps[i]) if i in taps else g for i, g in enumerate(grads)
-            ]
+            return value, [_projected(g, taps[i]) if i in taps else g for i, g in enumerate(grads)]
 
         if microbatches > 1:
             value, grads = _accumulate(part, taps, _cut(args, microbatches), has_aux)
@@ -160,9 +158,7 @@ def _taps(tx, params, opt_state, refresh: bool) -> dict[int, _Tap]:
 def galores(tx, params, opt_state) -> tuple[list[Probe], list[GaLoreState]]:
     """The settings and the states of every `galore` in an optimizer."""
     with probing() as probes:
-        jax.eval_shape(
-            lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
-        )
+        jax.eval_shape(lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params))
     if not probes:
         raise ValueError(
             "tx holds no galore, so there is no subspace for the gradients to arrive in. Use "

@@ -329,4 +329,3 @@ def _cotangents(leaf: Leaf, rule: Rule, stored: Stored, turn, gradient, project,
 def _as_kernel(slots: Slots) -> Kernel:
     """Cotangents of a kernel: none but the slots'."""
     return Kernel(None, None, slots, None)  # type: ignore[arg-type]
-

@@ -319,6 +319,7 @@ def galore(
             return given, state
         checks.check_projectors(plan, where, state.projector, storage)
         grads, old = where.pick(updates), from_tree(where, state.projector)
+        checks.check_projected(leaves, grads)
 
         # Project, unless `value_and_grad` already did.
         count = jnp.asarray(state.count)
@@ -371,7 +372,9 @@ def galore(
             u if isinstance(u, Factored) else u.astype(jnp.result_type(x))
             for u, x in zip(where.flatten(where.put(lifted, out)), where.flatten(like), strict=True)
         ]
-        new_state = GaLoreState(optax.safe_increment(count), to_tree(where, new, like, storage), inner_state)
+        new_state = GaLoreState(
+            optax.safe_increment(count), to_tree(where, new, like, storage), inner_state
+        )
         treedef = jax.tree.structure(given, is_leaf=is_projected)
         return jax.tree.unflatten(treedef, out), new_state
 

@@ -1,0 +1,86 @@
+"""Applying updates to bfloat16 weights with stochastic rounding.
+
+A bfloat16 weight has 8 significant bits: an update below 1/512 of it is lost when the sum is
+rounded to nearest, and training stalls. Rounded up or down at random, so that the mean is
+right, small updates add up.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.lowrank import Factored
+
+
+def apply_updates(
+    params: optax.Params, updates: optax.Updates, key: jax.Array | None = None
+) -> optax.Params:
+    r"""Apply updates as `optax.apply_updates` does, optionally with stochastic rounding.
+
+    With a key, the sum x of a bfloat16 parameter and its update is taken in float32 and rounded
+    to one of its two neighbours :math:`a \le x \le b` in bfloat16,
+
+    .. math::
+        P(b) = (x - a) / (b - a),
+
+    so that the mean of the rounded sum is the sum. Sums that bfloat16 holds exactly, infinite
+    ones and NaN come out as they are. Parameters of other dtypes, and all without a key, are
+    treated as by `optax.apply_updates`.
+
+    Args:
+        params: tree of parameters.
+        updates: tree of updates of the same structure; None where a parameter is None. Those
+            that follow from `galore_jax.value_and_grad` are added layer by layer, in place.
+        key: a JAX random key, a new one for each step. Every leaf draws from its own key,
+            `jax.random.fold_in(key, i)` with i its position in the flattened tree, so that results
+            depend on neither the sharding (with the default `jax_threefry_partitionable`) nor the
+            dtypes of other leaves.
+
+    Returns:
+        Updated parameters, with the structure, shapes and dtypes of `params`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from galore_jax.rounding import apply_updates
+        >>> w = jnp.ones(10_000, jnp.bfloat16)
+        >>> float(apply_updates(w, jnp.float32(0.001)).mean(dtype=jnp.float32))
+        1.0
+        >>> w = apply_updates(w, jnp.float32(0.001), jax.random.key(0))
+        >>> round(float(w.mean(dtype=jnp.float32)), 4)
+        1.001
+
+    References:
+        Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020
+    """
+    if key is None:
+        return optax.apply_updates(params, updates)
+    position = iter(range(jax.tree.structure(params).num_leaves))
+
+    def apply(p, u):
+        if p is None:
+            return None
+        leaf_key = jax.random.fold_in(key, next(position))
+        if jnp.result_type(p) != jnp.bfloat16:
+            return optax.apply_updates(p, u)
+        if isinstance(u, Factored):
+            return u.add_to(p, lambda x, i: _round(x, jax.random.fold_in(leaf_key, i)))
+        total = jnp.asarray(p).astype(jnp.float32) + jnp.asarray(u).astype(jnp.float32)
+        return _round(total, leaf_key)
+
+    return jax.tree.map(apply, params, updates, is_leaf=lambda x: x is None)
+
+
+def _round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Round float32 to bfloat16 at random, without bias.
+
+    A bfloat16 is the upper half of a float32: a random number added in the lower half carries
+    into the upper one with the right probability, whatever the sign and the exponent.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper = ((bits + noise) >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    # A carry must not turn a NaN into a number.
+    return jnp.where(jnp.isnan(x), jnp.nan, rounded)
