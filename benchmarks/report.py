@@ -1,5 +1,6 @@
 """What every benchmark shares: timing in turns, the machine, the JSON."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -21,17 +22,25 @@ def in_turns(functions, repeats, warmup=1):
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(_once(function))
+            times[name].append(seconds(function))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def _once(function):
+def seconds(function):
+    """Seconds of one call, until its result is there."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
 
 
-def write(name, result, packages):
+def parser(doc):
+    """Arguments every benchmark takes, described by the first line of its docstring."""
+    parser = argparse.ArgumentParser(description=str(doc).splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the JSON")
+    return parser
+
+
+def write(name, result, packages, out=RESULTS):
     """Write a result beside the machine and the versions it was measured with."""
     device = jax.devices()[0]
     result = {
@@ -41,10 +50,10 @@ def write(name, result, packages):
         "versions": {p: metadata.version(p) for p in packages},
         **result,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    out.mkdir(exist_ok=True)
+    path = out / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {path.relative_to(pathlib.Path(__file__).parent.parent)}")
+    print(f"wrote {os.path.relpath(path)}")
 
 
 def table(head, rows):

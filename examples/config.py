@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from examples import llama, optimizers
+from examples import llama, optimizers, training
 from examples.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -67,8 +67,18 @@ class Config:
     """What becomes of the moments at a refresh."""
     stagger: bool = False
     """Spread the refreshes over the steps between two of them."""
-    projector_dtype: Literal["float32", "bfloat16"] | None = None
-    """Number format the projectors are kept in."""
+    projector_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
+    """Number format the projectors are kept in; by default float32."""
+
+    # Memory and speed.
+    tier: training.Tier = "full"
+    """How much of the gradient exists at once: `full`, all of it; `subspace`, its projection
+    (for the galore_ optimizers); `layerwise`, that of one layer, whose weights change in the
+    backward pass (turns --remat on; one microbatch; --clip takes a second backward pass)."""
+    remat: bool = False
+    """Recompute each block's activations in the backward pass: less memory, more time."""
+    loss_chunk: int = llama.LlamaConfig.loss_chunk
+    """Most words of the vocabulary whose logits exist at once in the loss."""
 
     # Numbers.
     seed: int = 0
@@ -77,8 +87,8 @@ class Config:
     """Number format of the weights."""
     dtype: Dtype = "float32"
     """Number format of the activations."""
-    remat: bool = False
-    """Recompute each block's activations in the backward pass: less memory, more time."""
+    stochastic_rounding: bool = False
+    """Round bfloat16 weights up or down at random after a step, so that small steps count."""
 
     # The run.
     run_dir: str
@@ -104,8 +114,10 @@ class Config:
     """Length of the sample text; 0 for none."""
 
 
-# What a resumed run may do differently: nothing that would change a step already planned.
+# What a resumed run may do differently: nothing that would change a step already planned, but
+# where its memory goes.
 MAY_CHANGE = {
+    *("tier", "remat", "loss_chunk"),
     *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "save_every", "keep"),
     *("prompt", "sample_tokens", "cache_dir", "run_dir"),
 }
@@ -172,6 +184,32 @@ def check(config: Config) -> None:
         raise UserError(
             f"--warmup {config.warmup} leaves none of --steps {config.steps}. Give a smaller"
             " --warmup."
+        )
+    if config.tier == "subspace" and not optimizers.is_galore(config.optimizer):
+        raise UserError(
+            f"--tier subspace: --optimizer {config.optimizer} projects no gradients. Give one of"
+            f" {', '.join(filter(optimizers.is_galore, optimizers.OPTIMIZERS))}, or another --tier."
+        )
+    if config.tier == "layerwise" and config.accumulate > 1:
+        raise UserError(
+            f"--tier layerwise takes a batch as one, not in --accumulate {config.accumulate}"
+            " microbatches: a layer's weights change before the next one would need them. Give"
+            " --accumulate 1 and a --batch-size that fits, or --tier subspace."
+        )
+    if config.tier == "layerwise" and config.optimizer in optimizers.WHOLE_STACKS:
+        raise UserError(
+            f"--tier layerwise: --optimizer {config.optimizer} needs the gradient of all layers."
+            " Give another --optimizer, or --tier full or subspace."
+        )
+    if config.stochastic_rounding and config.tier == "layerwise":
+        raise UserError(
+            "--stochastic-rounding: --tier layerwise rounds weights to nearest. Leave"
+            " --stochastic-rounding out, or give --tier subspace."
+        )
+    if config.stochastic_rounding and config.param_dtype != "bfloat16":
+        raise UserError(
+            f"--stochastic-rounding is for bfloat16 weights, not --param-dtype"
+            f" {config.param_dtype}. Give --param-dtype bfloat16, or leave it out."
         )
 
 

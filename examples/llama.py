@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import galore_jax
+from examples.losses import chunked_losses, token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,9 @@ class LlamaConfig:
     param_dtype: str = "float32"
     dtype: str = "float32"  # Of activations; statistics and the softmax are float32 always.
     remat: bool = False  # Recompute each block's activations in the backward pass.
+    # Most words of the vocabulary whose logits exist at once in `Llama.losses`. A chunk of 4096
+    # takes no more memory than the activations of a block's MLP at the paper's larger sizes.
+    loss_chunk: int = 4096
 
     def __post_init__(self):
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
@@ -188,7 +192,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Token ids (B, T) to next-token logits (B, T, V)."""
+    """Token ids (B, T) to next-token logits (B, T, V), or to losses (B, T)."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
@@ -206,8 +210,8 @@ class Llama(nnx.Module):
         if not config.tied:
             self.lm_head = linear(config, config.hidden, config.vocab_size, rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits (B, T, V), in the activations' dtype."""
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """What the head sees of tokens (B, T): normalised hidden states (B, T, D)."""
         config = self.config
         cos, sin = rotary(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
         block_def, stacked = nnx.split(self.blocks)
@@ -219,15 +223,26 @@ class Llama(nnx.Module):
             x = galore_jax.layerwise(block, stacked, self.embed(tokens))
         else:
             x, _ = jax.lax.scan(lambda x, p: (block(p, x), None), self.embed(tokens), stacked)
-        x = self.final_norm(x)
-        return self.embed.attend(x) if config.tied else self.lm_head(x)
+        return self.final_norm(x)
 
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The head: hidden states (B, T, D) to logits (B, T, V)."""
+        return self.embed.attend(x) if self.config.tied else self.lm_head(x)
 
-def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy of each target, float32 (B, T), for logits (B, T, V)."""
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits (B, T, V), in the activations' dtype."""
+        return self.logits(self.hidden(tokens))
+
+    def losses(self, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+        """Cross-entropy of each target (B, T), float32 (B, T), after the tokens up to it.
+
+        The logits of a vocabulary larger than `config.loss_chunk` never exist in full.
+        """
+        config, x = self.config, self.hidden(tokens)
+        if config.vocab_size <= config.loss_chunk:
+            return token_losses(self.logits(x), targets)
+        head, axis = (self.embed.embedding, 0) if config.tied else (self.lm_head.kernel, 1)
+        return chunked_losses(x, head[...], targets, chunk=config.loss_chunk, axis=axis)
 
 
 def create(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, dict]:

@@ -60,18 +60,22 @@ def model_config(config: Config) -> llama.LlamaConfig:
         vocab_size=config.vocab_size,
         param_dtype=config.param_dtype,
         dtype=config.dtype,
-        remat=config.remat,
+        remat=config.remat or config.tier == "layerwise",
+        loss_chunk=config.loss_chunk,
     )
 
 
 def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer of the run; what it refuses is a mistake in the flags."""
+    """The optimizer of the run; what it refuses is a mistake in the flags.
+
+    Layer by layer no link of it sees all gradients, so there the training step clips.
+    """
     try:
         return optimizers.create(
             config.optimizer,
             schedule,
             weight_decay=config.weight_decay,
-            clip=config.clip or None,
+            clip=None if config.tier == "layerwise" else config.clip or None,
             **config_lib.galore_options(config),
         )
     except (TypeError, ValueError) as error:
@@ -119,7 +123,15 @@ def train(config: Config) -> dict[str, float]:
         state = runs.restore(manager, folder, abstract_state, batches)
         runs.truncate_metrics(folder, int(state["step"]))
     print(f"run folder: {folder}")
-    train_step = training.make_train_step(graph, tx, schedule, config.accumulate)
+    train_step = training.make_train_step(
+        graph,
+        tx,
+        schedule,
+        config.accumulate,
+        tier=config.tier,
+        clip=config.clip or None,
+        rounding_key=jax.random.key(config.seed) if config.stochastic_rounding else None,
+    )
     eval_step = training.make_eval_step(graph)
 
     def evaluate(params: dict, limit: int | None) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples import llama
+import galore_jax
 
 State = dict  # params, opt_state, step: everything a step reads and writes.
+# Where the gradients are: whole, in the subspace, or of one layer at a time.
+Tier = Literal["full", "subspace", "layerwise"]
 
 
 def new_state(params: dict, tx: optax.GradientTransformation) -> State:
@@ -24,26 +27,37 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulate: int = 1,
+    *,
+    tier: Tier = "full",
+    clip: float | None = None,
+    rounding_key: jax.Array | None = None,
 ) -> Callable[[State, jax.Array], tuple[State, dict]]:
     """One optimizer step as one compiled function, its state updated in place.
 
+    The state is the same in all tiers, and so is what they compute.
+
     Args:
-      graph: static part of the model, from `llama.create`.
+      graph: static part of the model, from `llama.create`; with `remat` for layerwise.
       tx: the optimizer.
       schedule: the learning rate by step, only to report it.
-      accumulate: number of equal microbatches a batch is cut into. Their gradients are averaged
-        in float32, so the result is that of the whole batch, with a share of its activations.
+      accumulate: number of equal microbatches a batch is cut into; 1 for layerwise. Their
+        gradients are averaged in float32, so the result is that of the whole batch, with a
+        share of its activations. (In the subspace the first one alone decides new projectors.)
+      tier: full gradients, gradients in the subspace, or layer by layer.
+      clip: largest global norm of the gradient, for layerwise, where no link of `tx` can see it.
+      rounding_key: rounds bfloat16 weights at random, with a key of its own for each step;
+        without, they are rounded to nearest. Not for layerwise.
 
     Returns:
       `train_step(state, tokens)` with tokens int32 (batch, seq_len + 1): the new state and the
-      metrics of the step. `state` is donated: use the returned one.
+      metrics of the step, of which layerwise has no `grad_norm`. `state` is donated: use the
+      returned one.
     """
 
     def loss_fn(params: dict, tokens: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, params)(tokens[:, :-1])
-        return jnp.mean(llama.token_losses(logits, tokens[:, 1:]))
+        return jnp.mean(nnx.merge(graph, params).losses(tokens[:, :-1], tokens[:, 1:]))
 
-    def mean_gradient(params: dict, tokens: jax.Array) -> tuple[jax.Array, dict]:
+    def full_gradient(params: dict, opt_state: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
         if accumulate == 1:
             return jax.value_and_grad(loss_fn)(params, tokens)
 
@@ -56,17 +70,26 @@ def make_train_step(
         microbatches = jnp.stack([tokens[i::accumulate] for i in range(accumulate)])
         return jax.lax.scan(add, (jnp.zeros([]), zeros), microbatches)[0]
 
+    def whole_step(state: State, tokens: jax.Array) -> tuple[jax.Array, Any, Any, dict]:
+        params, opt_state = state["params"], state["opt_state"]
+        gradient = full_gradient
+        if tier == "subspace":
+            gradient = galore_jax.value_and_grad(loss_fn, tx, microbatches=accumulate)
+        loss, grads = gradient(params, opt_state, tokens)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        key = None if rounding_key is None else jax.random.fold_in(rounding_key, state["step"])
+        params = galore_jax.apply_updates(params, updates, key)
+        return loss, params, opt_state, {"grad_norm": optax.tree.norm(grads)}
+
+    def layerwise_step(state: State, tokens: jax.Array) -> tuple[jax.Array, Any, Any, dict]:
+        step = galore_jax.value_and_update(loss_fn, tx, clip_norm=clip)
+        return *step(state["params"], state["opt_state"], tokens), {}
+
     def train_step(state: State, tokens: jax.Array) -> tuple[State, dict]:
-        params, step = state["params"], state["step"]
-        loss, grads = mean_gradient(params, tokens)
-        updates, opt_state = tx.update(grads, state["opt_state"], params)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(step),
-        }
-        params = optax.apply_updates(params, updates)
-        return {"params": params, "opt_state": opt_state, "step": step + 1}, metrics
+        one_step = layerwise_step if tier == "layerwise" else whole_step
+        loss, params, opt_state, measured = one_step(state, tokens)
+        metrics = {"loss": loss, "learning_rate": schedule(state["step"])} | measured
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -76,7 +99,7 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable[..., jax.Array]:
 
     @jax.jit
     def eval_step(params: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        losses = llama.token_losses(nnx.merge(graph, params)(tokens[:, :-1]), tokens[:, 1:])
+        losses = nnx.merge(graph, params).losses(tokens[:, :-1], tokens[:, 1:])
         return jnp.sum(jnp.where(mask, losses, 0.0), axis=-1)
 
     return eval_step

@@ -5,8 +5,8 @@ from galore_jax.alias import galore_adamw, galore_adamw8bit, galore_lion, galore
 from galore_jax.chaining import chain, install
 from galore_jax.eightbit import adamw8bit, lion8bit, scale_by_adam8bit, scale_by_lion8bit
 from galore_jax.layers import layerwise, value_and_update
-from galore_jax.specs import last_two_axes
 from galore_jax.rounding import apply_updates
+from galore_jax.specs import last_two_axes
 from galore_jax.subspace import value_and_grad
 from galore_jax.summary import summary
 from galore_jax.tap import dot_general, promote_dtype

@@ -19,6 +19,7 @@ import optax
 from jax.interpreters import partial_eval as pe
 
 from galore_jax.leaf import bare, owners
+from galore_jax.ordering import reads_first
 from galore_jax.refresh import Layer, one_layer
 from galore_jax.rounding import apply_updates
 from galore_jax.specs import path_string
@@ -36,7 +37,7 @@ class _Call(NamedTuple):
     x: Any
 
 
-class _Found(Exception):
+class _Reached(Exception):  # noqa: N818 (not an error)
     """Leaves a loss at its `layerwise`."""
 
 
@@ -80,7 +81,7 @@ def layerwise(block: Block, params: Any, x: Any) -> Any:
     if visitor is not None:
         visitor.calls.append(_Call(block, params, x))
         if visitor.output is None:
-            raise _Found
+            raise _Reached
         return visitor.output
     # A scan already keeps XLA from merging the recomputation with the forward pass.
     body = jax.checkpoint(lambda x, p: (block(p, x), None), prevent_cse=False)
@@ -215,8 +216,10 @@ def value_and_update(
                 grads = {j: g[None] for j, g in dp.items()}
                 return optimizer.step(grads, weights, state, layer=i)[0], dx
 
-            slices = jax.tree.map(lambda a: _rows(a, i, layers), (stack, owned))
-            new, dx = _reads_first(update, loss, *slices, dp, dx)
+            p, mine = jax.tree.map(lambda a: _rows(a, i, layers), (stack, owned))
+            new, dx = reads_first(
+                update, lambda p, mine, dp, dx: ((p, mine), dx), loss, p, mine, dp, dx
+            )
             put = functools.partial(_put_rows, index=i)
             return dx, *jax.tree.map(put, (stack, owned), new)
 
@@ -259,7 +262,7 @@ def _split(loss_fn: Callable[[Any], Any], params: Any, has_aux: bool) -> _Model:
         token = _visitor.set(visitor)
         try:
             return loss_fn(treedef.unflatten(flat)), visitor.calls
-        except _Found:
+        except _Reached:
             return None, visitor.calls
         finally:
             _visitor.reset(token)
@@ -404,26 +407,6 @@ def _check_separate(parts: _Parts, weights: list[Any], state: list[Any]) -> None
                 "clipping by the global norm pass clip_norm= instead of putting "
                 "optax.clip_by_global_norm into tx; else use galore_jax.value_and_grad"
             )
-
-
-def _reads_first(update, loss, weights, state, dp, dx):
-    """`update(weights, state, dp, dx)`, all of whose operands are read before it writes.
-
-    XLA's CPU backend orders reads and writes of a loop's carry by data dependence alone, and
-    copies the whole stack in each turn where it cannot tell that the reads of a slice come
-    first. Behind a conditional they do. Elsewhere the plain loop is in place, and the
-    conditional would cost memory.
-    """
-    # Always true, which XLA cannot know: one of 2^24 kinds of NaN.
-    bits = jax.lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.int32)
-    true = bits != 0x7FC0DEAD
-
-    def behind_conditional(*operands):
-        return jax.lax.cond(true, update, lambda w, s, dp, dx: ((w, s), dx), *operands)
-
-    return jax.lax.platform_dependent(
-        weights, state, dp, dx, cpu=behind_conditional, default=update
-    )
 
 
 def _row(a: jax.Array, i: jax.Array) -> jax.Array:

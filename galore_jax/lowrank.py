@@ -109,7 +109,8 @@ class Factored:
                 return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
             # Every read of the old matrix comes before the write, or XLA copies the stack.
-            new = added(at(w), *jax.tree.map(at, parts), i)
+            projector, low_rank, decay = jax.tree.map(at, parts)
+            new = added(at(w), projector, low_rank, decay, i)
             return jax.lax.dynamic_update_index_in_dim(w, new, i, 0)
 
         return jax.lax.fori_loop(0, count, body, flat(w)).reshape(w.shape)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.leaf import Leaf, Plan, Sites, owners
-from galore_jax.projection import bases, contract
+from galore_jax.projection import Stored, bases, contract
 from galore_jax.refresh import Schedule, per_leaf
 
 POLICIES = ("keep", "reset", "rotate")
@@ -54,8 +54,8 @@ def carry_over(
     inner_state: Any,
     next_state: NextState,
     where: Sites,
-    old: Sequence[jax.Array],
-    new: Sequence[jax.Array],
+    old: Sequence[Stored],
+    new: Sequence[Stored],
     when: Schedule,
 ) -> tuple[Any, list[jax.Array] | None]:
     """Take the inner state over from the old projectors to the new ones.

@@ -116,7 +116,8 @@ def schedule(
     if not _refreshing.get():
         due, any_due = jnp.zeros_like(due), False
     age = phase.astype(jnp.int32) + 1
-    return Schedule(*(jnp.broadcast_to(x, j.shape) for x in (due, age, layer)), any_due)
+    due, age, layer = (jnp.broadcast_to(x, j.shape) for x in (due, age, layer))
+    return Schedule(due, age, layer, any_due)
 
 
 def per_leaf(leaves: Sequence[Leaf], x: jax.Array) -> list[jax.Array]:
@@ -199,11 +200,10 @@ def _refresh_together(leaves, grads, projectors, when, count, method, stagger) -
 
         return jax.lax.cond(slot["due"], renewed, lambda: slot["old"]) if stagger else renewed()
 
-    # Stored projectors side by side: arrays, or codes and scales.
-    old = [
-        jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(f.batch) :]), p)
-        for f, p in zip(leaves, projectors, strict=True)
-    ]
+    def in_a_row(leaf, p):  # an array, or codes and scales
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(leaf.batch) :]), p)
+
+    old = map(in_a_row, leaves, projectors)
     slots = {
         "at": np.arange(sum(sizes), dtype=np.int32),
         "layer": when.layer,

@@ -13,7 +13,7 @@ import optax
 
 from galore_jax.leaf import Leaf, bare
 from galore_jax.lowrank import LIGHT, Projected
-from galore_jax.projection import Stored, from_tree, load, storage_of, store
+from galore_jax.projection import Stored, load, storage_of, store
 from galore_jax.quantize import Encoded
 from galore_jax.refresh import per_leaf, schedule
 from galore_jax.specs import path_string
@@ -190,13 +190,15 @@ def _is_state(x: Any) -> bool:
 
 def _projectors(state: GaLoreState) -> dict[str, Stored]:
     """Stored projectors by path."""
-    quantised = isinstance(state.projector, Encoded)
-    trees = state.projector if quantised else (state.projector,)
-    flat = [
-        {path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in trees
-    ]
-    return {k: Encoded(v, flat[1][k]) if quantised else v for k, v in flat[0].items()}
+    found = jax.tree_util.tree_leaves_with_path(state.projector)
+    if not isinstance(state.projector, Encoded):
+        return {path_string(path): x for path, x in found}
+    # A tree of codes, then one of scales.
+    half = len(found) // 2
+    return {
+        path_string(path[1:]): Encoded(codes, scales)
+        for (path, codes), (_, scales) in zip(found[:half], found[half:], strict=True)
+    }
 
 
 def _stored(state: GaLoreState, leaves: tuple[Leaf, ...]) -> list[Stored]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,35 +38,51 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """What a training step holds at a time in one of the three ways to take it; bytes."""
+
+    tier: str  # full, subspace or layerwise
+    weights: int
+    gradients: int
+    state: int
+    activations: int | None  # kept for the backward pass; None where no loss was given
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.state + (self.activations or 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """What `summary` found. Printing it gives the table."""
 
     rows: tuple[Row, ...]
     total: Row
+    steps: tuple[Step, ...]
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "side", "rank", "weights", "projector", "inner state", "full")
-        lines = [head, *(_cells(r) for r in (*self.rows, self.total))]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = [
-            "  ".join(
-                c.ljust(w) if i < 3 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        text = _aligned([head, *(_cells(r) for r in (*self.rows, self.total))], left=3)
         rule = "-" * max(map(len, text))
         share = self.total.state / max(1, self.total.without_galore)
         note = (
             f"optimizer state {_bytes(self.total.state)} = {share:.1%} of the "
             f"{_bytes(self.total.without_galore)} that the same optimizer keeps without GaLore"
         )
-        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1], note])
+        head = ("step", "weights", "gradients", "state", "activations", "total")
+        steps = _aligned([head, *map(_step_cells, self.steps)], left=1)
+        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1], note, "", *steps])
 
     __repr__ = __str__
 
 
-def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
+def summary(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    loss_fn: Callable[..., Any] | None = None,
+    *args: Any,
+) -> Summary:
     """Table of what `galore` projects and of the bytes it keeps.
 
     For the leaves that reach `galore`, and in total: shape, projected side (`in` for inputs,
@@ -72,12 +90,20 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
     projector and of the inner state; and `full`, the bytes that the same inner optimizer would
     keep without GaLore. It computes shapes alone, so a 7B model can be summarised on a laptop.
 
+    Then an estimate of what a training step holds, for gradients in full (`jax.value_and_grad`),
+    in the subspace (`galore_jax.value_and_grad`) and layer by layer
+    (`galore_jax.value_and_update`, one layer's gradient at a time): weights, gradients,
+    optimizer state and, with `loss_fn`, what the forward pass keeps for the backward pass. What
+    a compiler adds for its work is not in it; `benchmarks/memory.py` sets both side by side.
+
     Args:
         tx: a transformation with `galore` in it: an alias, a chain, inside MultiSteps, ...
         params: the parameters, or their shapes from `jax.eval_shape`.
+        loss_fn: `loss_fn(params, *args) -> loss`, for the estimate of activations.
+        *args: its other arguments, a batch, or their shapes.
 
     Returns:
-        A `Summary`: print it, or read `rows` and `total` (bytes).
+        A `Summary`: print it, or read `rows`, `total` and `steps` (bytes).
 
     Raises:
         ValueError: where `tx` holds no `galore`.
@@ -95,25 +121,53 @@ def summary(tx: optax.GradientTransformation, params: optax.Params) -> Summary:
         ---------------------------------------------------------------------------------------
         total                                           4.0 MB   256.0 KB       2.0 MB   8.0 MB
         optimizer state 2.3 MB = 28.3% of the 8.0 MB that the same optimizer keeps without GaLore
+        <BLANKLINE>
+        step       weights  gradients   state  activations    total
+        full        4.0 MB     4.0 MB  2.3 MB            ?  10.3 MB
+        subspace    4.0 MB     1.0 MB  2.3 MB            ?   7.3 MB
+        layerwise   4.0 MB     4.0 MB  2.3 MB            ?  10.3 MB
     """
     with recording() as records:
         state = jax.eval_shape(tx.init, params)
     found = [x for x in jax.tree.leaves(state, is_leaf=_is_galore) if _is_galore(x)]
     if not records or not found:
         raise ValueError("summary: there is no galore in this transformation")
-    rows, other, other_full = [], 0, 0
+    rows, plans, other, other_full = [], [], 0, 0
     for galore_state in found:
         # States come in the order of the tree, records in that of the inits.
         record = next(r for r in records if _fits(r, galore_state))
         records.remove(record)
         more, rest, rest_full = _rows(record, galore_state)
         rows += more
+        plans += [leaf for leaf in record.plan if isinstance(leaf, Leaf)]
         other += rest
         other_full += rest_full
     rows.append(Row("(other)", None, "not per leaf", None, 0, 0, other, other_full))
     fields = ("weights", "projector", "inner_state", "without_galore")
     sums = {f: sum(getattr(r, f) for r in rows) for f in fields}
-    return Summary(tuple(rows), Row("total", None, "", None, **sums))
+    total = Row("total", None, "", None, **sums)
+    return Summary(tuple(rows), total, _steps(rows, plans, state, params, loss_fn, args))
+
+
+def _steps(rows, leaves: list[Leaf], state, params, loss_fn, args) -> tuple[Step, ...]:
+    full = sum(map(_nbytes, jax.tree.leaves(params)))
+    saved = None
+    if loss_fn is not None:
+        # The residuals of the backward pass, without the weights among them.
+        backward = jax.eval_shape(
+            lambda p, *a: jax.vjp(lambda p: loss_fn(p, *a), p)[1], params, *args
+        )
+        kept = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(backward))
+        kept -= collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(params))
+        saved = sum(math.prod(s) * d.itemsize * times for (s, d), times in kept.items())
+    by_path = {row.path: row.weights for row in rows}
+    projected = {leaf: by_path[leaf.path or "(params)"] for leaf in leaves}
+    alone = full - sum(projected.values())  # embeddings, heads, norms
+    low_rank = sum(math.prod(x.low_rank_shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
+    layer = sum(size // x.batch[0] if x.batch else size for x, size in projected.items())
+    gradients = {"full": full, "subspace": alone + low_rank, "layerwise": alone + layer}
+    kept = sum(map(_nbytes, jax.tree.leaves(state)))
+    return tuple(Step(tier, full, g, kept, saved) for tier, g in gradients.items())
 
 
 def _fits(record: Record, state: GaLoreState) -> bool:
@@ -167,6 +221,24 @@ def _is_galore(x: Any) -> bool:
 
 def _nbytes(x: Any) -> int:
     return math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize
+
+
+def _aligned(lines: list[tuple[str, ...]], left: int) -> list[str]:
+    """Rows as text, the first columns to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _step_cells(step: Step) -> tuple[str, ...]:
+    activations = "?" if step.activations is None else _bytes(step.activations)
+    sizes = map(_bytes, (step.weights, step.gradients, step.state))
+    return (step.tier, *sizes, activations, _bytes(step.total))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -110,7 +110,8 @@ class Tapped:
         return Tapped(self.kernel, self.rule, jnp.dtype(dtype))
 
     def __jax_array__(self) -> jax.Array:
-        return _tap(self.rule, self.kernel).astype(self.dtype)
+        weight: Any = _tap(self.rule, self.kernel)
+        return weight.astype(self.dtype)
 
     def __getitem__(self, index: Any) -> Any:
         return self if index is Ellipsis else self.__jax_array__()[index]
@@ -168,7 +169,7 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = Non
         (3, 5)
     """
     if isinstance(rhs, Tapped) and not isinstance(lhs, Tapped):
-        (contracted, batch) = dimension_numbers
+        contracted, batch = dimension_numbers
         leaf = rhs.rule.at(rhs.ndim)
         plain = (
             [tuple(map(tuple, contracted)), tuple(map(tuple, batch))]
@@ -179,7 +180,7 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = Non
         )
         if plain:
             x = lhs.reshape(-1, lhs.shape[-1])
-            y = _low_rank_matmul((rhs.rule, jnp.dtype(rhs.dtype), precision), x, rhs.kernel)
+            y: Any = _low_rank_matmul((rhs.rule, jnp.dtype(rhs.dtype), precision), x, rhs.kernel)
             return y.reshape(*lhs.shape[:-1], y.shape[-1])
     lhs, rhs = (jnp.asarray(x) for x in (lhs, rhs))
     return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **options)
@@ -258,7 +259,7 @@ _tap.defvjp(_tap_forward, _tap_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _low_rank_matmul(static, x: jax.Array, kernel: Kernel) -> jax.Array:
     """`x @ W` for x (tokens, m); the weight's gradient is never formed but on a refresh."""
-    rule, dtype, precision = static
+    _, dtype, precision = static
     return jnp.dot(x, kernel.weight.astype(dtype), precision=precision)
 
 

@@ -220,7 +220,7 @@ def test_layerwise_is_a_scan_elsewhere():
     x = batches(1)[0]
     got, want = (jax.value_and_grad(f)(params, x) for f in (loss_fn, scanned))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
-    assert LAYERS == len(params["blocks"]["up"])
+    assert len(params["blocks"]["up"]) == LAYERS
 
 
 def no_layers(params, x):

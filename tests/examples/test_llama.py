@@ -27,7 +27,7 @@ def logits(config: llama.LlamaConfig, ids: np.ndarray) -> jax.Array:
 
 
 def loss(graph: nnx.GraphDef, params: dict, ids: np.ndarray) -> jax.Array:
-    return jnp.mean(llama.token_losses(nnx.merge(graph, params)(ids[:, :-1]), ids[:, 1:]))
+    return jnp.mean(nnx.merge(graph, params).losses(ids[:, :-1], ids[:, 1:]))
 
 
 def from_transformers(oracle, config: llama.LlamaConfig) -> dict:
@@ -156,24 +156,13 @@ def test_dtypes(param_dtype, dtype):
     ids = tokens(config)
     out = nnx.merge(graph, params)(ids)
     assert out.dtype == jnp.dtype(dtype)
-    losses = llama.token_losses(out, jnp.asarray(ids))
+    losses = nnx.merge(graph, params).losses(ids, jnp.asarray(ids))
     assert losses.dtype == jnp.float32
     full = dataclasses.replace(config, param_dtype="float32", dtype="float32")
     exact_graph, _ = llama.create(full, seed=0)
     exact = nnx.merge(exact_graph, jax.tree.map(lambda p: p.astype(jnp.float32), params))(ids)
     tolerance = 1e-6 if dtype == "float32" else 0.03
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=tolerance)
-
-
-def test_token_losses_are_cross_entropies():
-    scores = np.random.default_rng(0).normal(size=(2, 3, 5)) * 30
-    targets = np.array([[0, 4, 2], [1, 1, 3]])
-    picked = np.take_along_axis(scores, targets[..., None], -1)[..., 0]
-    expected = np.log(np.sum(np.exp(scores), axis=-1)) - picked  # In float64.
-    losses = llama.token_losses(jnp.asarray(scores, jnp.float32), targets)
-    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
-    shifted = llama.token_losses(jnp.asarray(scores + 1000.0, jnp.float32), targets)
-    np.testing.assert_allclose(shifted, expected, atol=1e-3)  # No overflow.
 
 
 @pytest.mark.parametrize(
