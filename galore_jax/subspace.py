@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.interpreters import partial_eval as pe
 
 from galore_jax.leaf import Leaf, bare
 from galore_jax.lowrank import LIGHT, Projected
@@ -19,6 +21,7 @@ from galore_jax.refresh import per_leaf, schedule
 from galore_jax.specs import path_string
 from galore_jax.tap import Kernel, Rule, Slots, Tapped, Turn
 from galore_jax.transform import GaLoreState, Probe, probing
+from galore_jax.uses import most_uses
 
 
 def value_and_grad(
@@ -50,8 +53,8 @@ def value_and_grad(
     A projected kernel reaches the model as an object that acts as an array
     (`__jax_array__`): `jnp` functions, `@`, Linen and NNX layers and scans over stacked layers
     take it. Three limits: a kernel that is used twice (tied weights), or under a `vmap` over
-    examples, would get two projectors at a refresh, so `exclude` it; kernels whose stacked
-    axes are not the leading ones get full gradients, as under `jax.value_and_grad`; and
+    examples, would get two projectors at a refresh, and is refused; kernels whose stacked axes
+    are not the leading ones get full gradients, as under `jax.value_and_grad`; and
     `optax.MultiSteps` has to be inside of `galore`, or use `microbatches`.
 
     Args:
@@ -72,7 +75,8 @@ def value_and_grad(
 
     Raises:
         ValueError: when called, where `tx` holds no `galore`, or one inside an
-            `optax.MultiSteps`; for rows that `microbatches` does not divide.
+            `optax.MultiSteps`; for a kernel that is used twice where a refresh may happen; for
+            rows that `microbatches` does not divide.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, galore_jax
@@ -112,9 +116,11 @@ def value_and_grad(
 
         def part(projectors, turns, args):
             at = [_slots(taps[i]) if i in taps else x for i, x in enumerate(leaves)]
-            value, grads = jax.value_and_grad(tapped_loss, has_aux=has_aux)(
-                at, projectors, turns, args
-            )
+            if refresh:
+                traced = jax.make_jaxpr(tapped_loss)(at, projectors, turns, args)
+                _check_each_used_once(traced.jaxpr, at, taps)
+            gradient = jax.value_and_grad(tapped_loss, has_aux=has_aux)
+            value, grads = gradient(at, projectors, turns, args)
             return value, [_projected(g, taps[i]) if i in taps else g for i, g in enumerate(grads)]
 
         if microbatches > 1:
@@ -220,6 +226,23 @@ def _projected(slots: Slots, tap: _Tap) -> Projected:
     inside = jnp.sum(jnp.square(slots.low_rank), axis=(-2, -1))
     rest = jnp.sqrt(jnp.maximum(slots.square - inside, 0))
     return Projected(slots.low_rank, rest, slots.projector, slots.unit, tap.rule.leaf)
+
+
+def _check_each_used_once(jaxpr: Any, at: list[Any], taps: dict[int, _Tap]) -> None:
+    """Raise where a loss uses a kernel twice: two gradients, each on a basis of its own."""
+    # Flax's layers also look a kernel's dtype up, and drop the result.
+    jaxpr, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    first = np.cumsum([0, *(len(jax.tree.leaves(x)) for x in at)])
+    counts = most_uses(jaxpr, [int(first[i]) for i in taps])
+    for tap, count in zip(taps.values(), counts, strict=True):
+        if count > 1:
+            raise ValueError(
+                f"galore_jax.value_and_grad: the loss uses the kernel '{tap.rule.leaf.path}' more "
+                "than once (tied weights, a recurrence, or a vmap over examples), and each use "
+                "would refresh its projector. Keep it out with galore's exclude=, replace the "
+                "vmap by batched operations, or take full gradients with jax.value_and_grad on "
+                "the steps that refresh and pass refresh=False on the others"
+            )
 
 
 def _cut(args: Any, parts: int) -> Any:

@@ -110,7 +110,7 @@ def test_training_is_that_of_full_gradients(name, kind):
     # Rounding turns bases of nearly equal singular values, and codes of 4 bits at a border.
     loose = options.get("proj_type") == "full" or options.get("projector_dtype") == "int4"
     assert relative(want, got, params) < (1e-2 if loose else 2e-4)
-    np.testing.assert_allclose(losses, want_losses, rtol=1e-2 if loose else 1e-5)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-2 if loose else 1e-4)
     assert state[1].count == 20
 
 
@@ -371,6 +371,47 @@ def test_errors_say_what_to_do(call, message):
     tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
     with pytest.raises(ValueError, match=message):
         call(loss_fn, tx, params, tx.init(params), batches(1)[0])
+
+
+def used_twice(params, x):
+    return jnp.mean(((x @ params["w"]) @ params["w"].T) ** 2)
+
+
+def used_by_a_scan(params, x):
+    return jnp.mean(jax.lax.scan(lambda x, _: (jnp.tanh(x @ params["w"]), None), x, length=3)[0])
+
+
+def used_by_each_example(params, x):
+    def matmul(x):
+        return galore_jax.dot_general(x, params["w"], (((x.ndim - 1,), (0,)), ((), ())))
+
+    return jnp.mean(jax.vmap(lambda x: jnp.tanh(matmul(x)))(x))
+
+
+@pytest.mark.parametrize("loss_fn", [used_twice, used_by_a_scan, used_by_each_example])
+def test_a_kernel_that_would_be_refreshed_twice_is_refused(loss_fn):
+    params = {"w": jax.random.normal(jax.random.key(0), (WIDTH, WIDTH))}
+    tx, x = galore_jax.galore_adamw(1e-2, rank=4), batches(1)[0]
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"kernel 'w' more than once"):
+        jax.jit(galore_jax.value_and_grad(loss_fn, tx))(params, state, x)
+    _, grads = galore_jax.value_and_grad(loss_fn, tx, refresh=False)(params, state, x)
+    want = state.projector["w"].T @ jax.grad(loss_fn)(params, x)["w"]
+    np.testing.assert_allclose(grads["w"].low_rank, want, atol=1e-6, rtol=1e-5)
+
+
+def test_a_vmap_over_experts_is_no_repeated_use():
+    w = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, HIDDEN))
+    tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
+
+    def loss_fn(params, x):
+        return jnp.mean(jax.vmap(lambda w: jnp.tanh(x @ w))(params["w"]) ** 2)
+
+    state, x = tx.init({"w": w}), batches(1)[0]
+    _, grads = galore_jax.value_and_grad(loss_fn, tx)({"w": w}, state, x)
+    p = grads["w"].new_projector(state.projector["w"])
+    want = jnp.swapaxes(p, -1, -2) @ jax.grad(loss_fn)({"w": w}, x)["w"]
+    np.testing.assert_allclose(grads["w"].low_rank, want, atol=1e-6, rtol=1e-4)
 
 
 def test_gradients_made_for_another_rank_are_refused():
