@@ -78,7 +78,7 @@ class Config:
     remat: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
     loss_chunk: int = llama.LlamaConfig.loss_chunk
-    """Most words of the vocabulary whose logits exist at once in the loss."""
+    """Most logits (tokens times words of the vocabulary) that exist at once in the loss."""
 
     # Numbers.
     seed: int = 0
@@ -184,6 +184,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"--warmup {config.warmup} leaves none of --steps {config.steps}. Give a smaller"
             " --warmup."
+        )
+    if config.moments != "keep" and config.optimizer.endswith("8bit"):
+        raise UserError(
+            f"--moments {config.moments}: --optimizer {config.optimizer} cannot change its 8-bit"
+            " moments at a refresh. Give --moments keep, or another --optimizer."
         )
     if config.tier == "subspace" and not optimizers.is_galore(config.optimizer):
         raise UserError(

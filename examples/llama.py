@@ -39,9 +39,7 @@ class LlamaConfig:
     param_dtype: str = "float32"
     dtype: str = "float32"  # Of activations; statistics and the softmax are float32 always.
     remat: bool = False  # Recompute each block's activations in the backward pass.
-    # Most words of the vocabulary whose logits exist at once in `Llama.losses`. A chunk of 4096
-    # takes no more memory than the activations of a block's MLP at the paper's larger sizes.
-    loss_chunk: int = 4096
+    loss_chunk: int = 2**25  # Most logits at once in `Llama.losses`: 128 MiB.
 
     def __post_init__(self):
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
@@ -142,6 +140,32 @@ def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     )
 
 
+# Above this many positions attention goes by blocks of queries.
+_QUERIES = 256
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention for q (B, T, H, C) and k, v (B, T, K, C), without T x T scores at once.
+
+    A long sequence's queries are taken in blocks, whose scores the backward pass computes again.
+    """
+    time = q.shape[1]
+    if time <= _QUERIES:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    count = -(-time // _QUERIES)
+    size = -(-time // count)
+    padded = jnp.pad(q, [(0, 0), (0, count * size - time), (0, 0), (0, 0)])
+    blocks = padded.reshape(q.shape[0], count, size, *q.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def attend(first, q):
+        seen = first + jnp.arange(size)[:, None] >= jnp.arange(time)
+        return jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
+
+    out = jax.lax.map(lambda block: attend(*block), (jnp.arange(count) * size, blocks))
+    return out.swapaxes(0, 1).reshape(padded.shape)[:, :time]
+
+
 class Attention(nnx.Module):
     """Causal self-attention; K key-value heads serve H query heads."""
 
@@ -157,9 +181,7 @@ class Attention(nnx.Module):
         """Mixes x (B, T, D) over time; cos and sin are (T, C/2)."""
         by_head = (*x.shape[:2], -1, self.head_dim)  # (B, T, H or K, C)
         q, k, v = (project(x).reshape(by_head) for project in (self.q, self.k, self.v))
-        out = jax.nn.dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
-        )
+        out = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o(out.reshape(x.shape))
 
 
@@ -236,13 +258,15 @@ class Llama(nnx.Module):
     def losses(self, tokens: jax.Array, targets: jax.Array) -> jax.Array:
         """Cross-entropy of each target (B, T), float32 (B, T), after the tokens up to it.
 
-        The logits of a vocabulary larger than `config.loss_chunk` never exist in full.
+        Where all logits would be more than `config.loss_chunk` they never exist together, which
+        takes a fourth matrix product with the head, beside the usual three.
         """
         config, x = self.config, self.hidden(tokens)
-        if config.vocab_size <= config.loss_chunk:
+        chunk = max(1, config.loss_chunk // targets.size)
+        if config.vocab_size <= chunk:
             return token_losses(self.logits(x), targets)
         head, axis = (self.embed.embedding, 0) if config.tied else (self.lm_head.kernel, 1)
-        return chunked_losses(x, head[...], targets, chunk=config.loss_chunk, axis=axis)
+        return chunked_losses(x, head[...], targets, chunk=chunk, axis=axis)
 
 
 def create(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, dict]:

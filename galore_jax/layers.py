@@ -214,7 +214,9 @@ def value_and_update(
         def visit(i, dp, dx, stack, owned):
             def update(weights, state, dp, dx):
                 grads = {j: g[None] for j, g in dp.items()}
-                return optimizer.step(grads, weights, state, layer=i)[0], dx
+                given = state | {j: _rows(a, i, layers) for j, a in fixed.items()}
+                new_weights, new_state = optimizer.step(grads, weights, given, layer=i)[0]
+                return (new_weights, {j: new_state[j] for j in state}), dx
 
             p, mine = jax.tree.map(lambda a: _rows(a, i, layers), (stack, owned))
             new, dx = reads_first(
@@ -223,8 +225,12 @@ def value_and_update(
             put = functools.partial(_put_rows, index=i)
             return dx, *jax.tree.map(put, (stack, owned), new)
 
+        # State that a step leaves alone, as projectors without a refresh, stays out of the loop:
+        # carried, it would be copied.
         owned = optimizer.of(stack, state)
         optimizer.check_rows(owned, layers)
+        same = optimizer.unchanged(*jax.tree.map(lambda a: a[: len(a) // layers], (stack, owned)))
+        fixed = {j: owned.pop(j) for j in same}
         dx, *done_layers = reverse(dx, stack, owned, visit)
 
         # Embeddings, when the gradient has come back to them.
@@ -332,6 +338,18 @@ class _Parts(NamedTuple):
                     "into them. Keep that leaf out of the optimizer's state (optax.masked), or "
                     "use galore_jax.value_and_grad"
                 )
+
+    def unchanged(self, weights: Arrays, state: Arrays) -> list[int]:
+        """Positions of the arrays in the state that an update hands back as they are."""
+        found = []
+
+        def run(weights, state):
+            grads = jax.tree.map(jnp.zeros_like, weights)
+            _, new = self.step(grads, weights, state, layer=0)[0]
+            found.extend(j for j in state if new[j] is state[j])
+
+        jax.eval_shape(run, weights, state)
+        return found
 
 
 def _parts(tx, params, opt_state, refresh: bool, rounding_key: jax.Array | None) -> _Parts:

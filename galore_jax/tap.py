@@ -281,25 +281,27 @@ def _matmul_backward(static, saved, dy):
     leaf = rule.leaf.matrix
     dx = jnp.dot(dy, weight.astype(dtype).T, precision=precision).astype(x.dtype)
 
-    def wide(a, b):
-        return jnp.dot(a, b.astype(a.dtype), preferred_element_type=leaf.dtype)
+    def wide(a, b, axes=(1, 0)):
+        """Sum over an axis of each; operands of half precision stay so."""
+        dims = (axes[:1], axes[1:]), ((), ())
+        return jax.lax.dot_general(a, b.astype(a.dtype), dims, preferred_element_type=leaf.dtype)
 
     def gradient():
-        return wide(x.T, dy)
+        return wide(x, dy, (0, 0))
 
     def low_rank(p):
         p_in, p_out = bases(leaf, p)
         left = x if p_in is None else wide(x, p_in) if inner is None else inner
         right = dy if p_out is None else wide(dy, p_out)
         kind = jnp.promote_types(left.dtype, right.dtype)
-        return wide(left.astype(kind).T, right)
+        return wide(left.astype(kind), right, (0, 0))
 
     def square():
         tokens = x.shape[0]
         if tokens * (leaf.m + leaf.n) > leaf.m * leaf.n:
             return jnp.sum(jnp.square(gradient()))
         # |x^T dy|^2 = <x x^T, dy dy^T>: cheaper than the gradient for few tokens.
-        return jnp.sum(wide(x, x.T) * wide(dy, dy.T))
+        return jnp.sum(wide(x, x, (1, 1)) * wide(dy, dy, (1, 1)))
 
     slots = _cotangents(leaf, rule, projector, turn, gradient, low_rank, square)
     return dx, _as_kernel(slots)

@@ -186,7 +186,7 @@ def test_weights_and_state_are_updated_in_place(refresh, eight_bits):
     layers, d = 64, 256
     params = {k: jax.ShapeDtypeStruct((layers, d, d), jnp.float32) for k in ("a", "b", "c", "d")}
     kind = galore_jax.galore_adamw8bit if eight_bits else galore_jax.galore_adamw
-    tx = kind(1e-2, projector_dtype="int8", **OPTIONS | {"rank": d // 4})
+    tx = kind(1e-2, projector_dtype="int8" if eight_bits else None, **OPTIONS | {"rank": d // 4})
 
     def loss_fn(params, x):
         def block(p, x):
@@ -202,8 +202,9 @@ def test_weights_and_state_are_updated_in_place(refresh, eight_bits):
     found = step.lower(params, state, x).compile().memory_analysis()
     weights = 4 * layers * d * d * 4
     saved = layers * 8 * d * 4
-    # A few layers' worth; one copy of the smallest stack would be 16 of them.
-    assert found.temp_size_in_bytes - saved < 8 * weights / layers
+    # A few layers' worth; one copy of the smallest stack would be 16 of them, one of a stack of
+    # projectors in float32 4.
+    assert found.temp_size_in_bytes - saved < (8 if refresh else 6) * weights / layers
     assert found.output_size_in_bytes - found.alias_size_in_bytes < 2**16
 
 

@@ -215,6 +215,23 @@ def test_a_non_finite_gradient_keeps_the_projector():
     close(after[1].projector, state[1].projector, 0)
 
 
+@pytest.mark.parametrize("refresh", [False, True])
+def test_bfloat16_activations_run_on_every_backend(refresh):
+    # XLA's CPU backend has no product of transposed bfloat16 operands with a float32 result.
+    w = jax.random.normal(jax.random.key(0), (WIDTH, HIDDEN), jnp.bfloat16)
+    tx = galore_jax.galore_adamw(1e-2, rank=4)
+
+    def loss_fn(params, x):
+        y = galore_jax.dot_general(x, params["w"], (((1,), (0,)), ((), ())))
+        return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+    params, x = {"w": w}, batches(1, dtype=jnp.bfloat16)[0, :, 0]
+    gradient = jax.jit(galore_jax.value_and_grad(loss_fn, tx, refresh=refresh))
+    _, grads = gradient(params, tx.init(params), x)
+    want = jax.grad(loss_fn)(params, x)["w"].astype(jnp.float32)
+    assert float(optax.tree.norm(grads)) == pytest.approx(float(optax.tree.norm(want)), rel=0.02)
+
+
 def test_bfloat16_weights_have_float32_gradients_in_the_subspace():
     params, loss_fn = plain(jnp.bfloat16, hooked=True)
     tx = galore_jax.galore_adamw(1e-2, **OPTIONS)

@@ -102,13 +102,26 @@ def test_every_optimizer_takes_a_step_that_helps(folder, optimizer):
     assert step._cache_size() == 1
 
 
+LAYERWISE = ["--tier", "layerwise", "--projector-dtype", "int8", "--clip", "0.5"]
+LAYERWISE += ["--method", "subspace"]  # Which starts from the projector before.
+SUBSPACE = ["--tier", "subspace", "--accumulate", "2", "--projector-dtype", "int4"]
+SUBSPACE += ["--param-dtype", "bfloat16", "--stochastic-rounding", "--method", "random"]
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "data"),
-    [("galore_adamw", "texts"), ("galore_adafactor", "hf:texts"), ("adamw", "texts")],
+    ("optimizer", "data", "more"),
+    [
+        ("galore_adamw", "texts", []),
+        ("galore_adafactor", "hf:texts", []),
+        ("adamw", "texts", []),
+        ("galore_adamw8bit", "texts", LAYERWISE),
+        ("galore_lion8bit", "texts", SUBSPACE),
+    ],
 )
-def test_resumed_run_equals_the_uninterrupted_one(folder, monkeypatch, optimizer, data):
+def test_resumed_run_equals_the_uninterrupted_one(folder, monkeypatch, optimizer, data, more):
     monkeypatch.setattr(streaming, "VALIDATION_DOCUMENTS", 3)
     flags = ["--data", data, "--optimizer", optimizer, "--steps", "20", "--save-every", "100"]
+    flags += ["--sample-tokens", "0", *more]
     assert run(*flags, "--run-dir", "whole") == 0
     # Step 13 lies between the refreshes at 10 and 15, and between two logs.
     assert run(*flags, "--run-dir", "parts", "--stop-at", "13") == 0
@@ -121,6 +134,24 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, monkeypatch, optimizer
     whole, parts = checkpoint("whole", 20, config), checkpoint("parts", 20, config)
     assert int(whole["state"]["step"]) == 20 and whole["data"] == parts["data"]
     jax.tree.map(np.testing.assert_array_equal, whole["state"], parts["state"])
+
+
+def test_tiers_train_alike_and_continue_each_other(folder):
+    """Refreshes after 0, 5 and 10 steps, clipped gradients, a chunked loss."""
+    flags = ["--steps", "12", "--clip", "0.3", "--loss-chunk", "9600", "--sample-tokens", "0"]
+    for tier in ("full", "subspace", "layerwise"):
+        assert run(*flags, "--tier", tier, "--run-dir", tier) == 0
+    assert run(*flags, "--run-dir", "mixed", "--stop-at", "7") == 0
+    assert pretrain.main(["--resume", "mixed", "--tier", "layerwise"]) == 0
+    rows = {name: metrics(name) for name in ("full", "subspace", "layerwise", "mixed")}
+    for name in ("subspace", "layerwise", "mixed"):
+        for key in ("loss", "val_loss", "learning_rate"):
+            expected = [row[key] for row in rows["full"] if key in row]
+            assert [r[key] for r in rows[name] if key in r] == pytest.approx(expected, rel=1e-5)
+    norms = [row["grad_norm"] for row in rows["full"]]
+    assert [row["grad_norm"] for row in rows["subspace"]] == pytest.approx(norms, rel=1e-4)
+    assert max(norms) > 0.3
+    assert not any("grad_norm" in row for row in rows["layerwise"])
 
 
 def test_resume_takes_lost_steps_again(folder):
@@ -174,6 +205,24 @@ def test_accumulation_adds_bfloat16_gradients_in_float32():
         assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("bfloat16")}
     # The plain norm is itself of bfloat16 gradients.
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("tier", "seed", "least", "most"),
+    [("full", None, 0.0, 0.0), ("full", 0, 0.2, 0.9), ("subspace", 0, 0.2, 0.9)],
+)
+def test_stochastic_rounding_makes_small_steps_count(tier, seed, least, most):
+    """Six steps of 0.0005 on norm scales of 1.0, with neighbours 0.004 away in bfloat16."""
+    tx = optimizers.create("galore_lion", 5e-4, rank=4, method="random")
+    graph, params = llama.create(dataclasses.replace(SMALL, param_dtype="bfloat16"), seed=0)
+    key = None if seed is None else jax.random.key(seed)
+    step = training.make_train_step(graph, tx, lambda _: 5e-4, tier=tier, rounding_key=key)
+    state = training.new_state(params, tx)
+    for _ in range(6):
+        state, _ = step(state, np.random.default_rng(0).integers(0, 300, (4, 17)))
+    scale = state["params"]["final_norm"]["scale"]
+    assert scale.dtype == jnp.bfloat16
+    assert least <= float(jnp.mean(scale != 1.0, dtype=jnp.float32)) <= most
 
 
 @pytest.mark.parametrize("length", [30, 50, 100])
@@ -251,6 +300,15 @@ def test_mistakes_end_without_a_traceback(folder, capsys):
     assert "--warmup" in message("--steps", "5", "--warmup", "5")
     assert "--rank is 0" in message("--rank", "0")
     assert "--resume" in message("--resume", "nowhere", data=())
+    assert "galore_adamw8bit" in message("--tier", "subspace", "--optimizer", "adamw")
+    text = message("--tier", "layerwise", "--accumulate", "2")
+    assert "--accumulate 2" in text and "--accumulate 1" in text
+    assert "adafactor" in message("--tier", "layerwise", "--optimizer", "galore_adafactor")
+    rounding = ("--stochastic-rounding", "--param-dtype", "bfloat16")
+    text = message("--tier", "layerwise", *rounding)
+    assert "--stochastic-rounding" in text and "--tier layerwise" in text
+    assert "--param-dtype float32" in message("--stochastic-rounding")
+    assert "--moments rotate" in message("--optimizer", "galore_adamw8bit", "--moments", "rotate")
     assert run("--steps", "2", "--run-dir", "there", "--sample-tokens", "0") == 0
     assert "--run-dir" in message("--run-dir", "there")
     flags = ("--resume", "there")

@@ -1,0 +1,207 @@
+"""Memory of a training step, compiled and never allocated: every tier, for the paper's models.
+
+    python -m benchmarks.memory
+    JAX_PLATFORMS=cpu python -m benchmarks.memory --target-config rtx4090.txtpb
+
+Stacked LLaMA with blocks recomputed in the backward pass, r = d/4, 1 x 256 tokens, donated
+params and state. The first command counts float32 steps for this machine's CPU, in units of the
+weights' bytes; `estimate` is `galore_jax.summary`'s of the same step, without the compiler's
+scratch. `growth` is what 2048 tokens cost more, over the bytes of the block inputs kept for them.
+
+The second compiles the bfloat16 recipe for 24 GB (tier 3, 8-bit moments, int8 projectors) for the
+GPU that an XLA target config describes, with `jax-cuda13-plugin` installed and no GPU present.
+Counted is what the compiler plans: no CUDA context, fragmentation or solver workspace.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+import galore_jax
+from benchmarks import report, steps
+from examples import llama
+
+GIB = 2**30
+PACKAGES = ("jax", "jaxlib", "optax", "flax")
+LENGTH, LONG = 256, 2048
+
+
+class Recipe(NamedTuple):
+    tier: str
+    optimizer: Callable[..., optax.GradientTransformation]
+    programs: tuple[bool, ...] = (False, True)  # with and without the refresh branch
+
+
+def small(rank: int, **options) -> optax.GradientTransformation:
+    """GaLore in the least memory: 8-bit moments, int8 projectors."""
+    return steps.galore(rank, bits=8, projector_dtype="int8", **options)
+
+
+RECIPES = {
+    "adamw": Recipe("full", lambda rank: steps.adamw(), (False,)),
+    "tier 1": Recipe("full", steps.galore, (True,)),
+    "tier 2": Recipe("subspace", steps.galore),
+    "tier 3": Recipe("layerwise", steps.galore),
+    "tier 3, 8-bit, int8": Recipe("layerwise", small),
+}
+SMALLEST = "tier 3, 8-bit, int8"
+
+# Arguments and temporaries over weights, of the plain step.
+TARGETS = {
+    ("1b", "tier 2"): 2.15,
+    ("1b", SMALLEST): 1.6,
+    ("7b", "tier 2"): 2.0,
+    ("7b", SMALLEST): 1.42,
+}
+
+
+class GpuStep(NamedTuple):
+    length: int
+    refresh: bool
+    target: float  # GiB of an RTX 4090, model 7b
+
+
+GPU_STEPS = {
+    "1x256": GpuStep(LENGTH, False, 18.5),
+    "1x256, subspace refresh": GpuStep(LENGTH, True, 19),
+    "1x2048, chunked loss": GpuStep(LONG, False, 20.5),
+}
+
+
+def program(problem, tier, tx, length, refresh=False, sharding=None):
+    """The compiled step for one row of tokens."""
+    state = jax.eval_shape(tx.init, problem.params)
+    tokens = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
+    arguments = problem.params, state, tokens
+    if sharding is not None:
+        arguments = steps.placed(arguments, sharding)
+    return steps.compiled(steps.train_step(tier, problem.loss, tx, refresh), *arguments)
+
+
+def units(parts: dict[str, int], weights: int) -> dict[str, float]:
+    return {name: size / weights for name, size in parts.items()}
+
+
+def estimate(problem, tier, tx) -> int | None:
+    """Bytes of a step by `galore_jax.summary`, None without GaLore in it."""
+    tokens = jax.ShapeDtypeStruct((1, LENGTH + 1), jnp.int32)
+    try:
+        found = galore_jax.summary(tx, problem.params, problem.loss, tokens)
+    except ValueError:
+        return None
+    return next(step.total for step in found.steps if step.tier == tier)
+
+
+def model_figures(name: str, config: llama.LlamaConfig) -> dict[str, Any]:
+    """What the compiler says of each recipe for one model."""
+    config = dataclasses.replace(config, remat=True)
+    problem, rank = steps.stacked(config), config.hidden // 4
+    weights = steps.nbytes(problem.params)
+    compiled, estimates, long = {}, {}, {}
+    for recipe, (tier, optimizer, programs) in RECIPES.items():
+        tx = optimizer(rank)
+        if estimated := estimate(problem, tier, tx):
+            estimates[recipe] = estimated / weights
+        for refresh in programs:
+            parts = steps.memory(program(problem, tier, tx, LENGTH, refresh))
+            branch = "with refresh" if refresh else "plain"
+            compiled.setdefault(recipe, {})[branch] = units(parts, weights)
+            if tier == "layerwise" and not refresh:
+                long[recipe] = growth(problem, tier, tx, parts["total"])
+    return {
+        "weights_bytes": weights,
+        "rank": rank,
+        "steps": compiled,
+        "estimates": estimates,
+        "targets": {r: t for (model, r), t in TARGETS.items() if model == name},
+        "optax.contrib.galore": steps.contrib_on_stack(problem.params, rank),
+        "2048_tokens": long,
+    }
+
+
+def growth(problem, tier, tx, short: int) -> dict[str, float]:
+    """Bytes more for long rows, beside those of the block inputs that are kept."""
+    more = steps.memory(program(problem, tier, tx, LONG))["total"] - short
+    inputs = steps.saved_inputs(problem.config, 1, LONG - LENGTH)
+    return {"more_bytes": more, "saved_inputs_bytes": inputs, "growth": more / inputs}
+
+
+def print_model(name: str, figures: dict[str, Any]) -> None:
+    print(f"\n{name}: weights {figures['weights_bytes'] / GIB:.2f} GiB, rank {figures['rank']}")
+    none = float("nan")
+    rows = []
+    for recipe, programs in figures["steps"].items():
+        estimated = figures["estimates"].get(recipe, none)
+        for branch, parts in programs.items():
+            target = figures["targets"].get(recipe, none) if branch == "plain" else none
+            rows.append([recipe, branch, *parts.values(), estimated, target])
+    head = ["step", "program", "arguments", "temporaries", "total", "estimate", "target"]
+    report.table(head, rows)
+    print("optax.contrib.galore, stacked layers", figures["optax.contrib.galore"])
+    for recipe, long in figures["2048_tokens"].items():
+        print(f"{recipe}, {LONG} tokens: {long['growth']:.2f} of the saved inputs more")
+
+
+def gpu_sharding(config: pathlib.Path) -> NamedSharding:
+    """One device of the kind that the target config describes."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=config.read_text(), topology="1x1x1"
+    )
+    return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
+
+
+def gpu_figures(name: str, sharding: NamedSharding) -> dict[str, Any]:
+    """Bytes of the bfloat16 recipe, compiled for a GPU."""
+    config = dataclasses.replace(
+        llama.CONFIGS[name], param_dtype="bfloat16", dtype="bfloat16", remat=True
+    )
+    found: dict[str, Any] = {}
+    problem = steps.stacked(config)
+    tx = small(config.hidden // 4, method="subspace")
+    for step, (length, refresh, target) in GPU_STEPS.items():
+        parts = steps.memory(program(problem, "layerwise", tx, length, refresh, sharding))
+        found[step] = parts | {"total_gib": parts["total"] / GIB}
+        if name == "7b":
+            found[step]["target_gib"] = target
+        sizes = ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
+        print(f"{name}, {step}: GiB {sizes}; target {found[step].get('target_gib')}", flush=True)
+    return found
+
+
+def main(argv=None):
+    parser = report.parser(__doc__)
+    parser.add_argument("--models", nargs="+", help="default: all; for a GPU, 7b")
+    parser.add_argument(
+        "--target-config", type=pathlib.Path, help="XLA's description of a GPU, as protobuf text"
+    )
+    args = parser.parse_args(argv)
+    figures = {}
+    if args.target_config is None:
+        for name in args.models or ["60m", "130m", "350m", "1b", "7b"]:
+            figures[name] = model_figures(name, llama.CONFIGS[name])
+            print_model(name, figures[name])
+        result = {"command": "python -m benchmarks.memory", "unit": "weights' bytes"}
+        report.write("memory", result | {"models": figures}, PACKAGES, args.out)
+    else:
+        sharding = gpu_sharding(args.target_config)
+        for name in args.models or ["7b"]:
+            figures[name] = gpu_figures(name, sharding)
+        target = args.target_config
+        result = {
+            "command": f"python -m benchmarks.memory --target-config {target.name}",
+            "device": target.stem,
+            "unit": "bytes",
+        }
+        packages = (*PACKAGES, "jax-cuda13-plugin")
+        report.write(f"memory_{target.stem}", result | {"models": figures}, packages, args.out)
+
+
+if __name__ == "__main__":
+    main()

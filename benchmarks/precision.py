@@ -1,0 +1,77 @@
+"""What 8-bit moments and quantised projectors cost in quality: final losses of the main job.
+
+    python -m benchmarks.precision
+
+The tiny LLaMA of `examples.pretrain` is trained with its recipe, once for each format and
+seed: the same order of data, the same first weights. Differences are of the final validation
+loss, over the whole split, from that of float32 with the same seed; means over the seeds.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+from benchmarks import report
+
+FORMATS = {
+    "float32": [],
+    "8-bit moments": ["--optimizer", "galore_adamw8bit"],
+    "int8 projectors": ["--projector-dtype", "int8"],
+    "int4 projectors": ["--projector-dtype", "int4"],
+    "8-bit moments, int8 projectors": [
+        *("--optimizer", "galore_adamw8bit", "--projector-dtype", "int8")
+    ],
+}
+# Largest differences that are good enough.
+WANTED = {"8-bit moments": 0.005, "int8 projectors": 0.005, "int4 projectors": 0.02}
+
+
+def final_loss(options: list[str]) -> float:
+    """Validation loss at the end of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = pathlib.Path(folder) / "run"
+        command = [sys.executable, "-m", "examples.pretrain", "--run-dir", str(run), *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [x["val_loss"] for x in map(json.loads, lines) if "val_loss" in x][-1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--out", type=pathlib.Path, default=report.RESULTS)
+    args = parser.parse_args(argv)
+
+    losses: dict[str, list[float]] = {name: [] for name in FORMATS}
+    for seed in range(args.seeds):
+        for name, options in FORMATS.items():
+            options = [*options, "--seed", str(seed), "--steps", str(args.steps)]
+            losses[name].append(final_loss(options))
+            print(f"seed {seed}, {name}: {losses[name][-1]:.4f}", flush=True)
+    relative = {
+        name: statistics.mean(a / b - 1 for a, b in zip(found, losses["float32"], strict=True))
+        for name, found in losses.items()
+    }
+    report.table(
+        ["format", "final losses", "against float32", "wanted"],
+        [
+            [n, " ".join(f"{x:.4f}" for x in losses[n]), relative[n], WANTED.get(n, "-")]
+            for n in FORMATS
+        ],
+    )
+    result = {
+        "command": f"python -m benchmarks.precision --seeds {args.seeds} --steps {args.steps}",
+        "final_losses": losses,
+        "relative_to_float32": relative,
+        "wanted": WANTED,
+    }
+    report.write("precision", result, ("jax", "jaxlib", "optax", "flax"), args.out)
+
+
+if __name__ == "__main__":
+    main()
