@@ -116,7 +116,8 @@ def main(argv=None):
     parser.add_argument("--refreshes", type=int, default=3, help="timed refreshes of each")
     parser.add_argument("--passes", type=int, default=3, help="over the gap, with stagger")
     parser.add_argument("--gap", type=int, default=200, help="T, between two refreshes")
-    parser.add_argument("--model", help="one of the example's, in place of the issue's")
+    parser.add_argument("--stagger-gap", type=int, default=200, help="T of the staggered steps")
+    parser.add_argument("--model", help="one of the example's sizes")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -142,7 +143,7 @@ def main(argv=None):
     one_program = seconds["tier 2"] | {"plain": seconds["tier 2"]["plain, with the refresh branch"]}
     ratios["tier 2 in one program / adamw"] = amortised(one_program, args.gap) / step[ADAMW]
     ratios["tier 2 in one program / contrib"] = amortised(one_program, args.gap) / step[contrib]
-    stagger = staggered(config, args.rank, tokens, args.gap, args.passes)
+    stagger = staggered(config, args.rank, tokens, args.stagger_gap, args.passes)
     ratios["stagger slowest / median"] = stagger["slowest / median"]
     none = float("nan")
     report.table(["ratio", "", "target"], [[k, v, TARGETS.get(k, none)] for k, v in ratios.items()])

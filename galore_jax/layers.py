@@ -148,9 +148,9 @@ def value_and_update(
         >>> for _ in range(3):
         ...     loss, params, opt_state = step(params, opt_state, x)
         ...     print(f"{loss:.0f}")
-        560
-        537
-        516
+        411
+        394
+        377
 
     References:
         Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023; Zhao et al., `GaLore

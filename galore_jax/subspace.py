@@ -89,10 +89,10 @@ def value_and_grad(
         ...     loss, grads = galore_jax.value_and_grad(loss_fn, tx)(params, opt_state, x)
         ...     updates, opt_state = tx.update(grads, opt_state, params)
         ...     params = optax.apply_updates(params, updates)
-        ...     print(f"{loss:.1f}")
-        1.5
-        1.1
-        0.9
+        ...     print(f"{loss:.2f}")
+        1.42
+        1.20
+        1.01
         >>> grads["kernel"].low_rank.shape
         (2, 16)
 

@@ -128,7 +128,8 @@ def summary(
         layerwise   4.0 MB     4.0 MB  2.3 MB            ?  10.3 MB
     """
     with recording() as records:
-        state = jax.eval_shape(tx.init, params)
+        # A function of its own: JAX does not trace the same one twice, and nothing is recorded.
+        state = jax.eval_shape(lambda p: tx.init(p), params)
     found = [x for x in jax.tree.leaves(state, is_leaf=_is_galore) if _is_galore(x)]
     if not records or not found:
         raise ValueError("summary: there is no galore in this transformation")

@@ -210,10 +210,10 @@ def galore(
         >>> import jax, jax.numpy as jnp, optax, galore_jax
         >>> params = {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}
         >>> loss = lambda p: jnp.sum(jnp.square(p["kernel"])) + jnp.sum(jnp.square(p["bias"]))
-        >>> tx = galore_jax.galore(optax.adamw(0.1), rank=2, scale=1.0)
+        >>> tx = galore_jax.galore(optax.adamw(0.1), rank=1, scale=1.0)
         >>> state = tx.init(params)
         >>> state.inner_state[0].mu["kernel"].shape
-        (2, 16)
+        (1, 16)
         >>> for _ in range(3):
         ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
         ...     params = optax.apply_updates(params, updates)

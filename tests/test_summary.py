@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import galore_jax
+from galore_jax.quantize import Encoded
 from tests.problems import params_like
 
 SHAPES = {"embed": (100, 64), "stack": (3, 64, 96), "w": (64, 64), "bias": (64,)}
@@ -33,6 +34,7 @@ def transformations():
         )(1e-3, **options),
     )
     yield "bfloat16", galore_jax.galore_adamw(1e-3, projector_dtype="bfloat16", **options)
+    yield "int4", galore_jax.galore_adamw(1e-3, projector_dtype="int4", **options)
     yield "adafactor", galore_jax.galore_adafactor(1e-3, min_dim_size_to_factor=8, **options)
 
 
@@ -50,7 +52,9 @@ def test_bytes_are_those_of_the_state(name, tx):
     assert table.total.weights == nbytes(params)
     assert table.total.projector == nbytes([s.projector for s in found])
     rows = {row.path: row for row in table.rows}
-    assert rows["stack"].projector == nbytes(found[0].projector["stack"])
+    tree = found[0].projector
+    parts = tree if isinstance(tree, Encoded) else (tree,)
+    assert rows["stack"].projector == nbytes([part["stack"] for part in parts])
     assert rows["stack"].rank == 8 and rows["embed"].rank is None
     if name != "adafactor":
         full = optax.adamw(1e-3).init(params)
@@ -75,7 +79,33 @@ def test_a_7b_model_costs_nothing():
     table = galore_jax.summary(tx, params)
     per_layer = 4 * (d * 1024 * 3) + 3 * (d * 1024 + 2 * 1024 * ff)
     assert table.total.state == 4 * layers * per_layer + 8
-    assert "optimizer state" in str(table) and len(str(table).splitlines()) == len(shapes) + 6
+    assert "optimizer state" in str(table) and len(str(table).splitlines()) == len(shapes) + 11
+
+
+def test_a_step_in_each_tier():
+    layers, m, n, r, rows = 6, 32, 64, 4, 10
+    params = {"embed": jnp.ones((50, m)), "blocks": jnp.ones((layers, m, n))}
+    tx = galore_jax.galore_adamw8bit(
+        1e-3, rank=r, weight_dimension_numbers=galore_jax.last_two_axes
+    )
+
+    def loss_fn(params, x):
+        x = galore_jax.layerwise(lambda w, x: jnp.tanh(x @ w @ w.T), params["blocks"], x)
+        return jnp.sum(x @ params["embed"].T)
+
+    x = jax.ShapeDtypeStruct((rows, m), jnp.float32)
+    table = galore_jax.summary(tx, jax.eval_shape(lambda: params), loss_fn, x)
+    full, subspace, layerwise = table.steps
+    assert [s.tier for s in table.steps] == ["full", "subspace", "layerwise"]
+    assert full.weights == full.gradients == nbytes(params)
+    assert subspace.gradients == 4 * (50 * m + layers * r * n)
+    assert layerwise.gradients == 4 * (50 * m + m * n)
+    assert full.state == nbytes(tx.init(params))
+    # The blocks' inputs, and little beside: far from all that a block computes.
+    assert layers * rows * m * 4 <= full.activations <= 3 * layers * rows * m * 4
+    assert full.total == sum((full.weights, full.gradients, full.state, full.activations))
+    unknown = galore_jax.summary(tx, params)
+    assert unknown.steps[0].activations is None and "?" in str(unknown)
 
 
 def test_nothing_to_summarise_is_an_error():
