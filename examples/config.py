@@ -206,11 +206,6 @@ def check(config: Config) -> None:
             f"--tier layerwise: --optimizer {config.optimizer} needs the gradient of all layers."
             " Give another --optimizer, or --tier full or subspace."
         )
-    if config.stochastic_rounding and config.tier == "layerwise":
-        raise UserError(
-            "--stochastic-rounding: --tier layerwise rounds weights to nearest. Leave"
-            " --stochastic-rounding out, or give --tier subspace."
-        )
     if config.stochastic_rounding and config.param_dtype != "bfloat16":
         raise UserError(
             f"--stochastic-rounding is for bfloat16 weights, not --param-dtype"

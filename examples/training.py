@@ -46,7 +46,7 @@ def make_train_step(
       tier: full gradients, gradients in the subspace, or layer by layer.
       clip: largest global norm of the gradient, for layerwise, where no link of `tx` can see it.
       rounding_key: rounds bfloat16 weights at random, with a key of its own for each step;
-        without, they are rounded to nearest. Not for layerwise.
+        without, they are rounded to nearest.
 
     Returns:
       `train_step(state, tokens)` with tokens int32 (batch, seq_len + 1): the new state and the
@@ -70,6 +70,9 @@ def make_train_step(
         microbatches = jnp.stack([tokens[i::accumulate] for i in range(accumulate)])
         return jax.lax.scan(add, (jnp.zeros([]), zeros), microbatches)[0]
 
+    def key_of(state: State) -> jax.Array | None:
+        return None if rounding_key is None else jax.random.fold_in(rounding_key, state["step"])
+
     def whole_step(state: State, tokens: jax.Array) -> tuple[jax.Array, Any, Any, dict]:
         params, opt_state = state["params"], state["opt_state"]
         gradient = full_gradient
@@ -77,13 +80,13 @@ def make_train_step(
             gradient = galore_jax.value_and_grad(loss_fn, tx, microbatches=accumulate)
         loss, grads = gradient(params, opt_state, tokens)
         updates, opt_state = tx.update(grads, opt_state, params)
-        key = None if rounding_key is None else jax.random.fold_in(rounding_key, state["step"])
-        params = galore_jax.apply_updates(params, updates, key)
+        params = galore_jax.apply_updates(params, updates, key_of(state))
         return loss, params, opt_state, {"grad_norm": optax.tree.norm(grads)}
 
     def layerwise_step(state: State, tokens: jax.Array) -> tuple[jax.Array, Any, Any, dict]:
         step = galore_jax.value_and_update(loss_fn, tx, clip_norm=clip)
-        return *step(state["params"], state["opt_state"], tokens), {}
+        updated = step(state["params"], state["opt_state"], tokens, rounding_key=key_of(state))
+        return *updated, {}
 
     def train_step(state: State, tokens: jax.Array) -> tuple[State, dict]:
         one_step = layerwise_step if tier == "layerwise" else whole_step

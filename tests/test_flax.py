@@ -172,6 +172,16 @@ def adafactor():
     )
 
 
+def eight_bits():
+    return galore_jax.galore_adamw8bit(
+        1e-2,
+        rank=4,
+        update_proj_gap=3,
+        weight_dimension_numbers=galore_jax.last_two_axes,
+        projector_dtype="int8",
+    )
+
+
 V0, V1 = (save_v0, load_v0), (save_v1, load_v1)
 
 
@@ -185,6 +195,8 @@ V0, V1 = (save_v0, load_v0), (save_v1, load_v1)
             lambda: line(projector_dtype="bfloat16", method="subspace"), 4, *V0, id="bfloat16"
         ),
         pytest.param(adafactor, 4, *V0, id="adafactor"),
+        pytest.param(eight_bits, 4, *V1, id="8 bits, int8"),
+        pytest.param(lambda: line(projector_dtype="int4"), 6, *V0, id="int4"),
         pytest.param(
             lambda: optax.MultiSteps(line(), 2).gradient_transformation(),
             3,

@@ -54,6 +54,8 @@ TestAliasProjecting = suite(
 )
 TestBareLinkProjecting = suite("TestBareLinkProjecting", bare_link, rank=1, update_proj_gap=10)
 
+TestAdamW8bit = suite("TestAdamW8bit", galore_jax.adamw8bit)
+
 
 def test_the_suite_is_optaxs_and_tests_ours():
     names = [n for n in dir(TestAlias) if n.startswith("test_")]
