@@ -110,14 +110,15 @@ def value_and_update(
     to rounding, and `opt_state` is the same, from `tx.init(params)`. Call it under a `jit` that
     donates params and opt_state, or nothing is in place.
 
-    It works with every optimizer that treats leaves, and the layers of a stacked leaf,
-    separately; what needs all gradients at once is refused when it is traced. For clipping by
-    the global norm there is `clip_norm`.
+    It works with every optimizer that treats leaves separately; one that mixes them is refused
+    when it is traced. For clipping by the global norm there is `clip_norm`. An optimizer that
+    takes means over a leaf (trust ratios, Adafactor's clipping) sees each layer of a stacked leaf
+    as a leaf, which nothing checks.
 
     Args:
         loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`; it
             calls `layerwise` once, not within another `jit`, `checkpoint` or `scan`, on a
-            subtree of `params`.
+            subtree of `params`. The block closes over no parameters.
         tx: the optimizer.
         has_aux: whether `loss_fn` returns something beside the loss.
         clip_norm: clip the gradient to this global norm, in place of an
@@ -192,11 +193,11 @@ def value_and_update(
             d_after, dx = after_vjp(jnp.ones_like(loss))
 
             def visit(i, dp, dx, stack, squares):
-                return dx, stack, squares + optax.tree.norm(dp, squared=True)
+                return dx, stack, squares + _sum_of_squares(dp)
 
             dx, _, squares = reverse(dx, stack, jnp.zeros([]), visit)
             d_rest = jax.tree.map(jnp.add, d_after, before_vjp(dx)[0])
-            return jnp.sqrt(squares + optax.tree.norm(d_rest, squared=True))
+            return jnp.sqrt(squares + _sum_of_squares(d_rest))
 
         # The backward pass is linear in its seed.
         seed = jnp.ones_like(loss)
@@ -214,22 +215,22 @@ def value_and_update(
         def visit(i, dp, dx, stack, owned):
             def update(weights, state, dp, dx):
                 grads = {j: g[None] for j, g in dp.items()}
-                given = state | {j: _rows(a, i, layers) for j, a in fixed.items()}
+                given = state | {j: _slice(a, i) for j, a in fixed.items()}
                 new_weights, new_state = optimizer.step(grads, weights, given, layer=i)[0]
                 return (new_weights, {j: new_state[j] for j in state}), dx
 
-            p, mine = jax.tree.map(lambda a: _rows(a, i, layers), (stack, owned))
+            p, mine = jax.tree.map(lambda a: _slice(a, i), (stack, owned))
             new, dx = reads_first(
                 update, lambda p, mine, dp, dx: ((p, mine), dx), loss, p, mine, dp, dx
             )
-            put = functools.partial(_put_rows, index=i)
+            put = functools.partial(_put_slice, index=i)
             return dx, *jax.tree.map(put, (stack, owned), new)
 
         # State that a step leaves alone, as projectors without a refresh, stays out of the loop:
         # carried, it would be copied.
         owned = optimizer.of(stack, state)
         optimizer.check_rows(owned, layers)
-        same = optimizer.unchanged(*jax.tree.map(lambda a: a[: len(a) // layers], (stack, owned)))
+        same = optimizer.unchanged(*jax.tree.map(lambda a: a[:1], (stack, owned)))
         fixed = {j: owned.pop(j) for j in same}
         dx, *done_layers = reverse(dx, stack, owned, visit)
 
@@ -277,9 +278,15 @@ def _split(loss_fn: Callable[[Any], Any], params: Any, has_aux: bool) -> _Model:
     if not found:
         raise ValueError(
             "value_and_update: the loss calls no galore_jax.layerwise, so there are no layers to "
-            "update one by one. Run the blocks with it, or use galore_jax.value_and_grad"
+            "update one by one. Run the blocks with it (and give the loss itself, not under "
+            "another jit), or use galore_jax.value_and_grad"
         )
     position = {id(x): i for i, x in enumerate(leaves)}
+    if len(position) < len(leaves):
+        raise ValueError(
+            "value_and_update: one array stands at two places in params; give each leaf its own "
+            "(jnp.copy), or call the step under jax.jit"
+        )
     blocks, block_def = jax.tree.flatten(found[0].params)
     stacked = [position.get(id(x), -1) for x in blocks]
     if -1 in stacked or not stacked:
@@ -287,7 +294,7 @@ def _split(loss_fn: Callable[[Any], Any], params: Any, has_aux: bool) -> _Model:
             "value_and_update: the parameters given to galore_jax.layerwise must be leaves of "
             "params as they are, stacked on a first axis; an array of shape "
             f"{jnp.shape(blocks[stacked.index(-1)]) if stacked else ()} is none of them (a cast, "
-            "or parameters of the layers that were stacked inside the loss?)"
+            "layers that were stacked inside the loss, or a loss under another jit?)"
         )
     rest = [i for i in range(len(leaves)) if i not in stacked]
     calls: list[_Call] = []
@@ -331,7 +338,7 @@ class _Parts(NamedTuple):
     def check_rows(self, owned: Arrays, layers: int) -> None:
         """Raise where state of a stacked leaf cannot be cut into its layers."""
         for j, x in owned.items():
-            if not x.ndim or x.shape[0] % layers:
+            if not x.ndim or x.shape[0] != layers:
                 raise ValueError(
                     f"value_and_update: the optimizer keeps an array of shape {x.shape} for leaf "
                     f"'{self.paths[self.owner[j]]}' of {layers} layers, which cannot be cut "  # type: ignore[index]
@@ -427,15 +434,20 @@ def _check_separate(parts: _Parts, weights: list[Any], state: list[Any]) -> None
             )
 
 
+def _sum_of_squares(tree: Any) -> jax.Array:
+    """In float32 at least."""
+    wide = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(tree))
+    return sum((jnp.sum(jnp.square(x)) for x in wide), jnp.zeros([]))
+
+
 def _row(a: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
 
 
-def _rows(a: jax.Array, i: jax.Array, layers: int) -> jax.Array:
-    """Layer i of an array, its leading axis kept: blocks' scales may have several rows each."""
-    rows = a.shape[0] // layers
-    return jax.lax.dynamic_slice_in_dim(a, i * rows, rows)
+def _slice(a: jax.Array, i: jax.Array) -> jax.Array:
+    """Layer i of an array, its layer axis kept: axes are numbered as in the whole stack."""
+    return jax.lax.dynamic_slice_in_dim(a, i, 1)
 
 
-def _put_rows(a: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(a, new, index * new.shape[0], 0)
+def _put_slice(a: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(a, new, index, 0)

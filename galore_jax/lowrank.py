@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from galore_jax.leaf import Leaf
 from galore_jax.projection import Stored, lift
+from galore_jax.quantize import Encoded
 
 # A new projector rides along with the gradient that it projects. Scaled down to this it adds
 # nothing to a norm in float32, and the power of two leaves its digits alone.
@@ -68,8 +69,11 @@ class Factored:
 
     `w + update`, and so `optax.apply_updates`, adds it matrix by matrix, in place. Scaling the
     node's arrays scales the update. It has no `__jax_array__`, which JAX would prefer to the
-    addition below.
+    addition below. A quantised projector's codes come as floating numbers: a link that scales
+    would round its factor to the codes' dtype.
     """
+
+    __array_ufunc__ = None  # NumPy's operators leave it to ours
 
     projector: Stored
     low_rank: jax.Array  # N, shape=leaf.low_rank_shape
@@ -90,8 +94,12 @@ class Factored:
         """`w + self`; `rounded(sum, index)` casts the new matrix number `index`."""
         leaf, axes = self.leaf, len(self.leaf.batch)
         one = leaf.below(axes)
-        # A scaling reached both factors.
-        low_rank = self.low_rank / self.unit
+        # A scaling reached both factors, and codes too.
+        low_rank, projector = self.low_rank / self.unit, self.projector
+        if isinstance(projector, Encoded):
+            codes = jnp.round(projector.codes.astype(leaf.dtype) / self.unit)
+            whole = jnp.uint8 if projector.codes.dtype == jnp.float32 else jnp.int8
+            projector = Encoded(codes.astype(whole), projector.scales)
 
         def added(w, p, low_rank, decay, index):
             wide = w.astype(leaf.dtype)
@@ -99,10 +107,10 @@ class Factored:
             return rounded(new if decay is None else new + decay * wide, index)
 
         if not axes:
-            return added(w, self.projector, low_rank, self.decay, jnp.int32(0))
+            return added(w, projector, low_rank, self.decay, jnp.int32(0))
         count = math.prod(leaf.batch)
         flat = functools.partial(jax.tree.map, lambda x: x.reshape(count, *x.shape[axes:]))
-        parts = flat((self.projector, low_rank, self.decay))
+        parts = flat((projector, low_rank, self.decay))
 
         def body(i, w):
             def at(x):
@@ -114,6 +122,15 @@ class Factored:
             return jax.lax.dynamic_update_index_in_dim(w, new, i, 0)
 
         return jax.lax.fori_loop(0, count, body, flat(w)).reshape(w.shape)
+
+
+def factored(leaf: Leaf, p: Stored, low_rank: jax.Array, decay: Any, dtype: Any) -> Factored:
+    """An update `P N + c W` of a weight of this dtype."""
+    if isinstance(p, Encoded):
+        # Bytes of two 4-bit codes go up to 255, beyond the whole numbers of bfloat16.
+        wide = jnp.float32 if p.codes.dtype == jnp.uint8 else jnp.bfloat16
+        p = Encoded(p.codes.astype(wide), p.scales)
+    return Factored(p, low_rank, decay, jnp.ones([], leaf.dtype), leaf, dtype)
 
 
 def is_projected(x: Any) -> bool:

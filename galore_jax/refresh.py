@@ -89,6 +89,11 @@ class Schedule(NamedTuple):
         some = np.concatenate([numbers[i] for i in at]) if at else np.zeros(0, int)
         return Schedule(self.due[some], self.age[some], self.layer[some], self.any_due)
 
+    def without(self, leaves: Sequence[Leaf], fixed: Sequence[bool]) -> Schedule:
+        """The schedule of a program that refreshes none of the leaves that are fixed."""
+        free = np.repeat(np.logical_not(fixed), _sizes(leaves))
+        return self._replace(due=self.due & free, any_due=self.any_due if any(free) else False)
+
 
 def schedule(
     leaves: Sequence[Leaf], count: jax.Array, update_proj_gap: Any, stagger: bool

@@ -52,10 +52,21 @@ def value_and_grad(
 
     A projected kernel reaches the model as an object that acts as an array
     (`__jax_array__`): `jnp` functions, `@`, Linen and NNX layers and scans over stacked layers
-    take it. Three limits: a kernel that is used twice (tied weights), or under a `vmap` over
-    examples, would get two projectors at a refresh, and is refused; kernels whose stacked axes
-    are not the leading ones get full gradients, as under `jax.value_and_grad`; and
-    `optax.MultiSteps` has to be inside of `galore`, or use `microbatches`.
+    take it, `jax.lax` functions do not. Its limits:
+
+    - A kernel that is used twice (tied weights, a recurrence, `dot_general` under a `vmap` over
+      examples) would get two projectors at a refresh, and is refused. Under a `vmap` over stacked
+      kernels a refresh's conditional becomes a select that pays for it at every step: use batched
+      products.
+    - The loss must not cast the tree of parameters; layers cast kernels where they use them.
+    - Kernels whose stacked axes are not the leading ones get full gradients, as under
+      `jax.value_and_grad`, and are refreshed by `tx.update`.
+    - `optax.MultiSteps` and `optax.apply_if_finite` have to be inside of `galore`; links in
+      front of it, and behind, may scale and measure (`clip_by_global_norm`), but not treat
+      elements one by one, since part of what they see is no element of the gradient. Labels and
+      masks around it are trees, not callables.
+    - Gradients that several processes average by hand (`shard_map`, `pmap`) are projected
+      alike only between refreshes.
 
     Args:
         loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`.
@@ -64,8 +75,9 @@ def value_and_grad(
         microbatches: k, into how many parts to cut the arrays in `args` along their first
             axis (each k-th row, so that a sharded batch stays sharded). Loss and gradients are
             means over the parts, taken in the subspace in float32. On a refresh the first part
-            alone decides the projectors. `aux` comes stacked, and the norm of the gradients is
-            an upper bound of that of their mean.
+            alone decides the projectors. `aux` comes stacked. What lies outside the subspace is
+            not summed, so `optax.tree.norm` is an upper bound of the mean gradient's norm: where
+            noise prevails up to the square root of k too large, and clipping as much stronger.
         refresh: whether steps 0, T, 2T, ... may refresh. False compiles a plain step, smaller
             and in less memory, for the steps in between.
 
@@ -230,8 +242,10 @@ def _projected(slots: Slots, tap: _Tap) -> Projected:
 
 def _check_each_used_once(jaxpr: Any, at: list[Any], taps: dict[int, _Tap]) -> None:
     """Raise where a loss uses a kernel twice: two gradients, each on a basis of its own."""
-    # Flax's layers also look a kernel's dtype up, and drop the result.
-    jaxpr, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    # The loss alone is differentiated, and it comes first. Flax's layers also look a kernel's
+    # dtype up, and drop the result.
+    wanted = [True] + [False] * (len(jaxpr.outvars) - 1)
+    jaxpr, _ = pe.dce_jaxpr(jaxpr, wanted, instantiate=True)
     first = np.cumsum([0, *(len(jax.tree.leaves(x)) for x in at)])
     counts = most_uses(jaxpr, [int(first[i]) for i in taps])
     for tap, count in zip(taps.values(), counts, strict=True):
@@ -240,13 +254,19 @@ def _check_each_used_once(jaxpr: Any, at: list[Any], taps: dict[int, _Tap]) -> N
                 f"galore_jax.value_and_grad: the loss uses the kernel '{tap.rule.leaf.path}' more "
                 "than once (tied weights, a recurrence, or a vmap over examples), and each use "
                 "would refresh its projector. Keep it out with galore's exclude=, replace the "
-                "vmap by batched operations, or take full gradients with jax.value_and_grad on "
-                "the steps that refresh and pass refresh=False on the others"
+                "vmap by batched operations, move what only looks at weights out of the loss, or "
+                "take full gradients with jax.value_and_grad on the steps that refresh and pass "
+                "refresh=False on the others"
             )
 
 
 def _cut(args: Any, parts: int) -> Any:
     """Part i of every array: rows i, i + k, i + 2k, ..."""
+    if not jax.tree.leaves(args):
+        raise ValueError(
+            f"microbatches={parts}: there is no batch among the positional arguments to cut; what "
+            "goes by keyword is given whole to each part"
+        )
 
     def cut(path, x):
         rows = jnp.shape(x)[:1]

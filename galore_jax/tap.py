@@ -105,16 +105,39 @@ class Tapped:
         """Sharding of the weight."""
         return self.kernel.weight.sharding
 
+    def check_untouched(self) -> None:
+        """Raise where a loss has cast its whole tree of parameters, projectors and all."""
+        leaf, low_rank = self.rule.leaf, self.kernel.slots.low_rank
+        if low_rank.dtype != leaf.dtype:
+            raise TypeError(
+                f"galore_jax.value_and_grad: kernel '{leaf.path}' came with its projector cast to "
+                f"{low_rank.dtype}. Do not cast the tree of parameters in the loss: give layers "
+                "dtype=, or cast each kernel where it is used (w.astype(dtype))"
+            )
+
     def astype(self, dtype: Any) -> Tapped:
         """Cast where it is used."""
         return Tapped(self.kernel, self.rule, jnp.dtype(dtype))
 
     def __jax_array__(self) -> jax.Array:
+        self.check_untouched()
         weight: Any = _tap(self.rule, self.kernel)
         return weight.astype(self.dtype)
 
     def __getitem__(self, index: Any) -> Any:
-        return self if index is Ellipsis else self.__jax_array__()[index]
+        if index is Ellipsis:
+            return self
+        if isinstance(index, int) and self.rule.at(self.ndim).batch:  # one of the stack
+            return Tapped(jax.tree.map(lambda a: a[index], self.kernel), self.rule, self._dtype)
+        return self.__jax_array__()[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    __array_ufunc__ = None  # NumPy's operators leave it to ours
 
     def __getattr__(self, name: str) -> Any:  # T, reshape, ...
         if name.startswith("_"):
@@ -132,6 +155,8 @@ def _operator(name: str):
 for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
     for _op in (f"__{_name}__", f"__r{_name}__"):
         setattr(Tapped, _op, _operator(_op))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Tapped, f"__{_name}__", _operator(f"__{_name}__"))
 Tapped.__neg__ = lambda self: -self.__jax_array__()  # type: ignore[attr-defined]
 
 
@@ -145,7 +170,9 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = Non
 
     at r/m of the product's cost, and where no refresh is compiled in, x P is kept for the
     backward pass instead of x. That is what happens for kernels (m, n) inside
-    `galore_jax.value_and_grad`; everywhere else this is `jax.lax.dot_general`. Without it
+    `galore_jax.value_and_grad`; everywhere else this is `jax.lax.dot_general`. (The norm of the
+    full gradient needs x, and for many tokens the gradient itself, a layer at a time; within
+    one `jit` it is computed only where something asks for it, such as clipping.) Without it
     (`x @ W` with a plain layer) the gradient of one layer is formed and projected at once.
 
     Give it to Flax's layers together with `galore_jax.promote_dtype`, by the arguments of the
@@ -179,6 +206,7 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = Non
             and not any(v is not None for v in options.values())
         )
         if plain:
+            rhs.check_untouched()
             x = lhs.reshape(-1, lhs.shape[-1])
             y: Any = _low_rank_matmul((rhs.rule, jnp.dtype(rhs.dtype), precision), x, rhs.kernel)
             return y.reshape(*lhs.shape[:-1], y.shape[-1])

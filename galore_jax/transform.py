@@ -22,7 +22,7 @@ from galore_jax import moments as moments_lib
 from galore_jax.basis import METHODS
 from galore_jax.decay import reads_params, split_affine
 from galore_jax.leaf import DEFAULT_EXCLUDE, PROJ_TYPES, Leaf, Plan, Rank, bare
-from galore_jax.lowrank import Factored, is_projected
+from galore_jax.lowrank import Factored, factored, is_projected
 from galore_jax.projection import (
     default_projector,
     from_tree,
@@ -324,6 +324,9 @@ def galore(
         # Project, unless `value_and_grad` already did.
         count = jnp.asarray(state.count)
         when = schedule(leaves, count, update_proj_gap, stagger)
+        fixed = [is_projected(g) and g.projector is None for g in grads]
+        if any(fixed):  # by a program without refreshes
+            when = when.without(leaves, fixed)
         new = _projectors(leaves, grads, old, count, when, method, stagger)
         low_grads = where.put(
             [
@@ -408,7 +411,7 @@ def _projectors(leaves, grads, old, count, when: Schedule, method: str, stagger:
 def _lifted(leaf: Leaf, p, update, decay, w, in_subspace: bool):
     """`P N + c W`, multiplied out or, for a gradient that never was full either, not."""
     if in_subspace:
-        return Factored(p, update, decay, jnp.ones([], leaf.dtype), leaf, jnp.result_type(w))
+        return factored(leaf, p, update, decay, jnp.result_type(w))
     u = lift(leaf, p, update)
     return u if decay is None else u + _over(leaf, decay) * w.astype(leaf.dtype)
 

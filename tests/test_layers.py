@@ -7,7 +7,7 @@ from flax import nnx
 
 import galore_jax
 from examples import llama
-from tests.models import LAYERS, OPTIONS, batches, plain
+from tests.models import LAYERS, OPTIONS, WIDTH, batches, plain
 from tests.test_subspace import TRAININGS, full, relative, train
 
 
@@ -258,6 +258,30 @@ def test_errors_say_what_to_do(loss_fn, tx, message):
     step = galore_jax.value_and_update(loss_fn or whole, tx)
     with pytest.raises(ValueError, match=message):
         step(params, tx.init(params), batches(1)[0])
+
+
+def test_scales_that_are_no_rows_of_layers_are_refused():
+    # Blocks of 256 run over the borders of rows of 1000, and 32 of them are 4 for each of 8.
+    params = {"g": jnp.ones((8, 1000))}
+    tx = galore_jax.adamw8bit(1e-2)
+
+    def loss_fn(params, x):
+        return jnp.mean(galore_jax.layerwise(lambda p, x: x * jnp.sum(p["g"]), params, x))
+
+    with pytest.raises(ValueError, match=r"for leaf 'g' of 8 layers, which cannot be cut"):
+        galore_jax.value_and_update(loss_fn, tx)(params, tx.init(params), batches(1)[0])
+
+
+def test_one_array_at_two_places_is_refused():
+    w = jnp.ones((LAYERS, WIDTH, WIDTH))
+    params = {"a": w, "b": w}
+
+    def loss_fn(params, x):
+        return jnp.mean(galore_jax.layerwise(lambda w, x: x @ w, params["a"], x))
+
+    tx = optax.sgd(0.1)
+    with pytest.raises(ValueError, match="one array stands at two places"):
+        galore_jax.value_and_update(loss_fn, tx)(params, tx.init(params), batches(1)[0])
 
 
 def test_wrong_arguments():

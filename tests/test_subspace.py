@@ -342,10 +342,12 @@ def test_the_gradient_of_a_stack_never_exists():
     assert temporaries(galore_jax.value_and_grad(loss_fn, tx)) < 0.4
 
 
-def test_updates_scale_after_galore():
+@pytest.mark.parametrize("projector_dtype", [None, "int8", "int4"])
+def test_updates_scale_after_galore(projector_dtype):
     params, loss_fn = plain()
-    parts = galore_jax.galore(optax.scale_by_adam(), scale=1.0, **OPTIONS), optax.scale(-1e-2)
-    tx = optax.chain(*parts)
+    options = OPTIONS | {"method": "svd", "projector_dtype": projector_dtype}
+    adam = galore_jax.galore(optax.scale_by_adam(), scale=1.0, **options)
+    tx = optax.chain(adam, optax.scale_by_schedule(lambda _: -1e-2))
     want, *_ = train(full(loss_fn), tx, params, batches(3))
     got, *_ = train(galore_jax.value_and_grad(loss_fn, tx), tx, params, batches(3))
     assert relative(want, got, params) < 1e-3
@@ -405,16 +407,114 @@ def used_by_each_example(params, x):
     return jnp.mean(jax.vmap(lambda x: jnp.tanh(matmul(x)))(x))
 
 
-@pytest.mark.parametrize("loss_fn", [used_twice, used_by_a_scan, used_by_each_example])
+def cast_and_used_twice(params, x):
+    w = jax.tree.map(lambda a: 2 * a if jnp.issubdtype(a.dtype, jnp.floating) else a, params)["w"]
+    return jnp.mean((jnp.tanh(x @ w) @ w) ** 2)
+
+
+@pytest.mark.parametrize(
+    "loss_fn", [used_twice, used_by_a_scan, used_by_each_example, cast_and_used_twice]
+)
 def test_a_kernel_that_would_be_refreshed_twice_is_refused(loss_fn):
     params = {"w": jax.random.normal(jax.random.key(0), (WIDTH, WIDTH))}
     tx, x = galore_jax.galore_adamw(1e-2, rank=4), batches(1)[0]
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"kernel 'w' more than once"):
         jax.jit(galore_jax.value_and_grad(loss_fn, tx))(params, state, x)
+    if loss_fn is cast_and_used_twice:
+        return  # doubles the projector, too
     _, grads = galore_jax.value_and_grad(loss_fn, tx, refresh=False)(params, state, x)
     want = state.projector["w"].T @ jax.grad(loss_fn)(params, x)["w"]
     np.testing.assert_allclose(grads["w"].low_rank, want, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_not_differentiated_is_no_use():
+    params = {"w": jax.random.normal(jax.random.key(0), (WIDTH, WIDTH))}
+    tx, x = galore_jax.galore_adamw(1e-2, rank=4), batches(1)[0]
+
+    def loss_fn(params, x):
+        return jnp.mean((x @ params["w"]) ** 2), jnp.linalg.norm(jnp.asarray(params["w"]))
+
+    gradient = galore_jax.value_and_grad(loss_fn, tx, has_aux=True)
+    (_, norm), _ = gradient(params, tx.init(params), x)
+    assert float(norm) == pytest.approx(float(jnp.linalg.norm(params["w"])))
+
+
+def test_layers_of_a_stack_taken_one_by_one():
+    params = {"w": jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH)) / 4}
+    tx = galore_jax.galore_adamw(1e-2, method="svd", **OPTIONS)
+
+    def by_index(params, x):
+        for i in range(LAYERS):
+            x = jnp.tanh(x @ params["w"][i])
+        return jnp.mean(x**2)
+
+    def by_iteration(params, x):
+        for w in params["w"]:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def by_slices(params, x):
+        for i in range(LAYERS):
+            x = jnp.tanh(x @ jax.tree.map(lambda a: a[i], params)["w"])  # noqa: B023
+        return jnp.mean(x**2)
+
+    want, *_ = train(full(by_index), tx, params, batches(6))
+    for loss_fn in (by_index, by_iteration, by_slices):
+        got, *_ = train(galore_jax.value_and_grad(loss_fn, tx), tx, params, batches(6))
+        assert relative(want, got, params) < 1e-3
+
+
+def test_kernels_of_several_axes():
+    params = {"q": jax.random.normal(jax.random.key(0), (WIDTH, 4, 4)) / 4}
+    spec = optax.contrib.GaLoreDimensionNumbers(0, (1, 2))
+    tx = galore_jax.galore_adamw(1e-2, rank=4, weight_dimension_numbers=spec, method="svd")
+
+    def loss_fn(params, x):
+        return jnp.mean((jnp.einsum("btd,dhc->bthc", x, params["q"]) - 1) ** 2)
+
+    want, *_ = train(full(loss_fn), tx, params, batches(6))
+    got, *_ = train(galore_jax.value_and_grad(loss_fn, tx), tx, params, batches(6))
+    assert relative(want, got, params) < 1e-3
+
+
+def test_a_cast_tree_is_refused():
+    params, loss_fn = plain(hooked=True)
+    tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
+
+    def cast(params, x):
+        def half(a):
+            return a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+        return loss_fn(jax.tree.map(half, params), x)
+
+    with pytest.raises(TypeError, match=r"kernel 'blocks/up' came with its projector cast"):
+        galore_jax.value_and_grad(cast, tx)(params, tx.init(params), batches(1)[0])
+
+
+def test_numpy_operands():
+    params, loss_fn = plain()
+    tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
+    x = np.asarray(batches(1)[0])
+    host = jax.tree.map(np.asarray, params)
+    loss, grads = galore_jax.value_and_grad(loss_fn, tx)(host, tx.init(params), x)
+    updates, _ = tx.update(grads, tx.init(params), host)
+    after = optax.apply_updates(host, updates)
+    assert loss == pytest.approx(float(loss_fn(params, x)), rel=1e-5)
+    assert jnp.all(jnp.isfinite(after["blocks"]["up"]))
+
+
+def test_a_plain_program_resets_no_moments():
+    params, loss_fn = plain()
+    tx = galore_jax.galore_adamw(1e-2, moments="reset", **OPTIONS)
+    gradient = galore_jax.value_and_grad(loss_fn, tx)
+    params, state, _ = train(gradient, tx, params, batches(4))  # the next step is due
+    x = batches(1)[0]
+    _, grads = galore_jax.value_and_grad(loss_fn, tx, refresh=False)(params, state, x)
+    _, after = tx.update(grads, state, params)
+    before, now = (s.inner_state[0].mu["blocks"]["up"] for s in (state, after))
+    g = grads["blocks"]["up"].low_rank
+    close(now, 0.9 * before + 0.1 * g, 1e-6)
 
 
 def test_a_vmap_over_experts_is_no_repeated_use():
