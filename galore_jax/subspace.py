@@ -20,7 +20,7 @@ from galore_jax.quantize import Encoded
 from galore_jax.refresh import per_leaf, schedule
 from galore_jax.specs import path_string
 from galore_jax.tap import Kernel, Rule, Slots, Tapped, Turn
-from galore_jax.transform import GaLoreState, Probe, probing
+from galore_jax.transform import GaLoreState, Probe, probe_all
 from galore_jax.uses import most_uses
 
 
@@ -175,8 +175,7 @@ def _taps(tx, params, opt_state, refresh: bool) -> dict[int, _Tap]:
 
 def galores(tx, params, opt_state) -> tuple[list[Probe], list[GaLoreState]]:
     """The settings and the states of every `galore` in an optimizer."""
-    with probing() as probes:
-        jax.eval_shape(lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params))
+    probes = probe_all(tx, params, opt_state)
     if not probes:
         raise ValueError(
             "tx holds no galore, so there is no subspace for the gradients to arrive in. Use "

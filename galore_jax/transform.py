@@ -104,15 +104,15 @@ def recording() -> Iterator[list[Record]]:
         _records.reset(token)
 
 
-@contextlib.contextmanager
-def probing() -> Iterator[list[Probe]]:
-    """Have every `galore` that is updated within tell its settings and do nothing."""
+def probe_all(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[Probe]:
+    """The settings of every `galore` in an optimizer, at this state; nothing is computed."""
     probes: list[Probe] = []
     token = _probes.set(probes)
     try:
-        yield probes
+        jax.eval_shape(lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params))
     finally:
         _probes.reset(token)
+    return probes
 
 
 def galore(
