@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from examples import llama, optimizers, training
+from examples import llama, low_rank, optimizers, training
 from examples.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -23,7 +23,12 @@ class Config:
     model: Literal[tuple(llama.CONFIGS)]  # type: ignore[valid-type]
     """Size of the LLaMA. All but `tiny` are the paper's and want an accelerator."""
     optimizer: Literal[tuple(optimizers.OPTIMIZERS)]  # type: ignore[valid-type]
-    """Optimizer; the names without galore_ are the full-rank counterparts."""
+    """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, scale_sgd), or
+    a full-rank counterpart."""
+    weights: low_rank.Weights = "full"
+    """How the blocks' kernels are written: `full`, or as the paper's baselines do, of --rank:
+    `lora`, `relora`, `low_rank`, `refactored` (the second and last begin anew every
+    --update-proj-gap steps); with --optimizer adamw."""
 
     # Data.
     data: tuple[str, ...] = ()
@@ -47,6 +52,9 @@ class Config:
     """Steps in which the learning rate rises; then it falls to 10 % along a cosine."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])]
     """Peak learning rate."""
+    embedding_learning_rate: float | None = None
+    """Peak learning rate of embeddings, head and norms, which AdamW then trains; by default
+    --optimizer trains them, at --learning-rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     clip: float
@@ -63,6 +71,10 @@ class Config:
     """Which side of a matrix is projected."""
     method: Literal["svd", "eigh", "randomized", "subspace", "random"] | None = None
     """How a projector is computed; by default the library's choice."""
+    random_from: int | None = None
+    """Step from which projectors are random (GoLore); by default none are."""
+    refresh: Literal["fixed", "lazy"] = "fixed"
+    """`lazy`: a subspace that barely moves is refreshed less often."""
     moments: Literal["keep", "reset", "rotate"] = "keep"
     """What becomes of the moments at a refresh."""
     stagger: bool = False
@@ -102,8 +114,9 @@ class Config:
     eval_every: int
     """Steps between two validations."""
     eval_batches: int = 16
-    """Batches, spread over the split, of a validation during training. The last validation
-    takes the whole split."""
+    """Batches, spread over the split, of a validation during training."""
+    last_eval_batches: int | None = None
+    """The same for the last validation, by default the whole split."""
     save_every: int
     """Steps between two checkpoints."""
     keep: int = 2
@@ -118,12 +131,14 @@ class Config:
 # where its memory goes.
 MAY_CHANGE = {
     *("tier", "remat", "loss_chunk"),
-    *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "save_every", "keep"),
+    *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "last_eval_batches"),
+    *("save_every", "keep"),
     *("prompt", "sample_tokens", "cache_dir", "run_dir"),
 }
 SMALLEST = {  # Of the numbers, where it is not 1.
     **{"seq_len": 2, "warmup": 0, "clip": 0, "weight_decay": 0, "sample_tokens": 0},
     **{"seed": 0, "learning_rate": 0, "scale": 0},
+    **{"embedding_learning_rate": 0, "random_from": 0},
 }
 
 
@@ -157,7 +172,7 @@ def from_recipe(
         "batch_size": recipe.batch_size if batch_size is None else batch_size,
         "accumulate": recipe.accumulate if batch_size is None else 1,
         "warmup": recipe.warmup * steps // recipe.steps,
-        "learning_rate": recipe.learning_rate * optimizers.learning_rate_factor(optimizer),
+        "learning_rate": recipe.learning_rate * optimizers.OPTIMIZERS[optimizer].rate,
         "clip": recipe.clip or 0.0,
         "rank": recipe.rank,
         "update_proj_gap": recipe.update_proj_gap,
@@ -190,10 +205,21 @@ def check(config: Config) -> None:
             f"--moments {config.moments}: --optimizer {config.optimizer} cannot change its 8-bit"
             " moments at a refresh. Give --moments keep, or another --optimizer."
         )
-    if config.tier == "subspace" and not optimizers.is_galore(config.optimizer):
+    if config.tier == "subspace" and config.optimizer not in optimizers.IN_SUBSPACE:
         raise UserError(
-            f"--tier subspace: --optimizer {config.optimizer} projects no gradients. Give one of"
-            f" {', '.join(filter(optimizers.is_galore, optimizers.OPTIMIZERS))}, or another --tier."
+            f"--tier subspace: --optimizer {config.optimizer} needs full gradients. Give one of"
+            f" {', '.join(optimizers.IN_SUBSPACE)}, or another --tier."
+        )
+    if config.weights != "full" and (config.tier, config.optimizer) != ("full", "adamw"):
+        raise UserError(
+            f"--weights {config.weights} is a baseline beside GaLore. Give --optimizer adamw and"
+            " --tier full, or --weights full."
+        )
+    smallest = llama.CONFIGS[config.model].hidden
+    if config.weights != "full" and config.rank > smallest:
+        raise UserError(
+            f"--rank {config.rank} is above the {smallest} of the smallest side of a kernel. Give"
+            " less, or --weights full."
         )
     if config.tier == "layerwise" and config.accumulate > 1:
         raise UserError(
@@ -201,7 +227,7 @@ def check(config: Config) -> None:
             " microbatches: a layer's weights change before the next one would need them. Give"
             " --accumulate 1 and a --batch-size that fits, or --tier subspace."
         )
-    if config.tier == "layerwise" and config.optimizer in optimizers.WHOLE_STACKS:
+    if config.tier == "layerwise" and optimizers.OPTIMIZERS[config.optimizer].whole_stacks:
         raise UserError(
             f"--tier layerwise: --optimizer {config.optimizer} needs the gradient of all layers."
             " Give another --optimizer, or --tier full or subspace."
@@ -215,9 +241,12 @@ def check(config: Config) -> None:
 
 def galore_options(config: Config) -> dict:
     """The settings `galore_jax.galore` takes."""
-    names = ["rank", "update_proj_gap", "scale", "proj_type", "moments", "stagger"]
+    names = ["rank", "update_proj_gap", "scale", "proj_type", "refresh", "moments", "stagger"]
     names += [name for name in ("method", "projector_dtype") if getattr(config, name)]
-    return {name: getattr(config, name) for name in names}
+    options = {name: getattr(config, name) for name in names}
+    if config.random_from is not None:
+        options["method"] = {0: config.method or "randomized", config.random_from: "random"}
+    return options
 
 
 def save(config: Config, folder: pathlib.Path) -> None:

@@ -1,11 +1,15 @@
 """The optimizers `--optimizer` knows: GaLore's, and each one's full-rank counterpart."""
 
+import functools
 from collections.abc import Callable
-from functools import partial
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import galore_jax
+from examples import low_rank
 
 # As in the paper, Adafactor's learning rate is not in units of the size of the weights.
 ABSOLUTE_STEP = {"multiply_by_parameter_scale": False}
@@ -19,38 +23,131 @@ def galore_lion8bit(
     return galore_jax.galore(inner, **galore_options)
 
 
-# name: (constructor, learning rate in units of the recipe's, which is for galore_adamw).
-# GaLore multiplies its update by scale = 0.25, so the full-rank counterpart of a step is a
-# quarter as long. Lion's signs want about a tenth of Adam's rate; momentum SGD, whose step
-# shrinks with the gradient, wants it much larger; 8-bit states change nothing. Starting points:
-# tune with --learning-rate.
-OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], float]] = {
-    "galore_adamw": (galore_jax.galore_adamw, 1.0),
-    "galore_adamw8bit": (galore_jax.galore_adamw8bit, 1.0),
-    "galore_adafactor": (partial(galore_jax.galore_adafactor, **ABSOLUTE_STEP), 1.0),
-    "galore_lion": (galore_jax.galore_lion, 0.1),
-    "galore_lion8bit": (galore_lion8bit, 0.1),
-    "galore_sgd": (partial(galore_jax.galore_sgd, momentum=0.9), 40.0),
-    "adamw": (optax.adamw, 0.25),
-    "adamw8bit": (galore_jax.adamw8bit, 0.25),
-    "adafactor": (partial(optax.adafactor, **ABSOLUTE_STEP), 0.25),
-    "lion": (optax.lion, 0.025),
-    "lion8bit": (galore_jax.lion8bit, 0.025),
-    "sgd": (partial(optax.sgd, momentum=0.9), 10.0),
+def frugal(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float, **galore_options
+) -> optax.GradientTransformation:
+    """FRUGAL: AdamW in the subspace, signs of the gradient outside of it."""
+    inner = optax.adamw(learning_rate, weight_decay=weight_decay)
+    signs = optax.sign_sgd(_times(learning_rate, galore_options["scale"]))
+    return galore_jax.galore(inner, residual=signs, **galore_options)
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float, **options
+) -> optax.GradientTransformation:
+    """Muon for the kernels of the blocks, AdamW at the same rate for the rest."""
+
+    def kernels(params):
+        spec = optax.contrib.MuonDimensionNumbers(-2, -1)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: spec if low_rank.is_kernel(path) else None, params
+        )
+
+    return optax.contrib.muon(
+        learning_rate, weight_decay=weight_decay, muon_weight_dimension_numbers=kernels, **options
+    )
+
+
+def optax_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float,
+    rank: int,
+    update_proj_gap: int,
+    scale: float,
+) -> optax.GradientTransformation:
+    """`optax.contrib.galore`, which takes no stacked layers: each is handed over by itself."""
+
+    def kernels(params):
+        spec = optax.contrib.GaLoreDimensionNumbers()
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: spec if low_rank.is_kernel(path) and x.ndim == 2 else None, params
+        )
+
+    tx = optax.contrib.galore(
+        learning_rate, rank, update_proj_gap, scale, weight_decay=weight_decay,
+        weight_dimension_numbers=kernels,
+    )  # fmt: skip
+
+    def unstacked(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: list(x) if low_rank.is_kernel(path) else x, tree
+        )
+
+    def update_fn(updates, state, params=None):
+        flat, state = tx.update(unstacked(updates), state, unstacked(params))
+        structure = jax.tree.structure(updates)
+        stacked = [
+            jnp.stack(x) if isinstance(x, list) else x for x in structure.flatten_up_to(flat)
+        ]
+        return structure.unflatten(stacked), state
+
+    return optax.GradientTransformation(lambda params: tx.init(unstacked(params)), update_fn)
+
+
+def _times(rate: optax.ScalarOrSchedule, factor: float) -> optax.ScalarOrSchedule:
+    return (lambda step: factor * rate(step)) if callable(rate) else factor * rate
+
+
+class Optimizer(NamedTuple):
+    """One name `--optimizer` knows."""
+
+    make: Callable[..., optax.GradientTransformation]
+    # Learning rate in units of the recipe's, which is for galore_adamw. GaLore multiplies its
+    # update by scale = 0.25, so the full-rank counterpart of a step is a quarter as long. Lion's
+    # signs want about a tenth of Adam's rate; momentum SGD, whose step shrinks with the gradient,
+    # wants it much larger; 8-bit states change nothing. Starting points: tune with
+    # --learning-rate.
+    rate: float
+    options: tuple[str, ...] = ()  # of the settings of galore, those it takes
+    decays: bool = True  # has a weight decay
+    in_subspace: bool = False  # needs no more than projected gradients
+    whole_stacks: bool = False  # needs the gradient of all layers at once
+
+
+GALORE = (
+    *("rank", "update_proj_gap", "scale", "proj_type", "method", "refresh", "moments"),
+    *("stagger", "projector_dtype"),
+)
+_galore = functools.partial(Optimizer, options=GALORE, in_subspace=True)
+_outside = functools.partial(Optimizer, options=GALORE)
+_APOLLO = ("rank", "update_proj_gap", "proj_type")
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "galore_adamw": _galore(galore_jax.galore_adamw, 1.0),
+    "galore_adamw8bit": _galore(galore_jax.galore_adamw8bit, 1.0),
+    # Adafactor clips a leaf's update by its size in all layers, so it cannot take one at a time.
+    "galore_adafactor": _galore(
+        functools.partial(galore_jax.galore_adafactor, **ABSOLUTE_STEP),
+        1.0,
+        decays=False,
+        whole_stacks=True,
+    ),
+    "galore_lion": _galore(galore_jax.galore_lion, 0.1),
+    "galore_lion8bit": _galore(galore_lion8bit, 0.1),
+    "galore_sgd": _galore(
+        functools.partial(galore_jax.galore_sgd, momentum=0.9), 40.0, decays=False
+    ),
+    "galore_muon": Optimizer(galore_jax.galore_muon, 1.0, ("rank", "update_proj_gap", "proj_type")),
+    "fira": _outside(galore_jax.fira, 1.0),
+    "frugal": _outside(frugal, 1.0),
+    "apollo": Optimizer(galore_jax.apollo, 0.25, _APOLLO),
+    "apollo_mini": Optimizer(galore_jax.apollo_mini, 0.25, ("update_proj_gap", "proj_type")),
+    "ldadam": Optimizer(galore_jax.ldadam, 0.25, ("rank", "proj_type")),
+    "scale_sgd": Optimizer(galore_jax.scale_sgd, 0.1),
+    "optax_galore": Optimizer(
+        optax_galore, 1.0, ("rank", "update_proj_gap", "scale"), whole_stacks=True
+    ),
+    "adamw": Optimizer(optax.adamw, 0.25),
+    "adamw8bit": Optimizer(galore_jax.adamw8bit, 0.25),
+    "adafactor": Optimizer(
+        functools.partial(optax.adafactor, **ABSOLUTE_STEP), 0.25, decays=False, whole_stacks=True
+    ),
+    "lion": Optimizer(optax.lion, 0.025),
+    "lion8bit": Optimizer(galore_jax.lion8bit, 0.025),
+    "sgd": Optimizer(functools.partial(optax.sgd, momentum=0.9), 10.0, decays=False),
+    "muon": Optimizer(muon, 1.0),
 }
-WITHOUT_WEIGHT_DECAY = {"galore_adafactor", "galore_sgd", "adafactor", "sgd"}
-# Adafactor clips a leaf's update by its size in all layers, so it cannot take one at a time.
-WHOLE_STACKS = {"galore_adafactor", "adafactor"}
-
-
-def is_galore(name: str) -> bool:
-    """Whether the named optimizer projects gradients."""
-    return name.startswith("galore_")
-
-
-def learning_rate_factor(name: str) -> float:
-    """The named optimizer's learning rate in units of the recipe's."""
-    return OPTIMIZERS[name][1]
 
 
 def create(
@@ -59,6 +156,8 @@ def create(
     *,
     weight_decay: float = 0.0,
     clip: float | None = None,
+    embedding_learning_rate: optax.ScalarOrSchedule | None = None,
+    labels: Any = None,
     **galore_options,
 ) -> optax.GradientTransformation:
     """The named optimizer, behind gradient clipping by the global norm if `clip` is given.
@@ -68,13 +167,30 @@ def create(
       learning_rate: a float or a schedule.
       weight_decay: decoupled decay, for the optimizers that have one.
       clip: largest global norm of the gradient.
-      **galore_options: `rank` and the other arguments of `galore_jax.galore`; the full-rank
-        optimizers have no use for them.
+      embedding_learning_rate: trains embeddings, head and norms with AdamW at a rate of their own;
+        it needs `labels`.
+      labels: the tree of `low_rank.labels`, where some weights are fixed or train differently.
+      **galore_options: `rank` and the other arguments of `galore_jax.galore`; each optimizer gets
+        those it takes, the full-rank ones none.
     """
-    options = {"weight_decay": weight_decay} if name not in WITHOUT_WEIGHT_DECAY else {}
-    if is_galore(name):
+    entry = OPTIMIZERS[name]
+    options: dict[str, Any] = {k: v for k, v in galore_options.items() if k in entry.options}
+    if entry.decays:
+        options["weight_decay"] = weight_decay
+    if name in STACKED:
         # The blocks are stacked: each layer's slice is a matrix with a projector of its own.
-        options |= galore_options | {"weight_dimension_numbers": galore_jax.last_two_axes}
-    tx = OPTIMIZERS[name][0](learning_rate, **options)
+        options["weight_dimension_numbers"] = galore_jax.last_two_axes
+    tx = entry.make(learning_rate, **options)
+    if labels is not None:
+        other = tx
+        if embedding_learning_rate is not None:
+            other = optax.adamw(embedding_learning_rate, weight_decay=weight_decay)
+        parts = {"kernel": tx, "other": other, "fixed": optax.set_to_zero()}
+        tx = optax.partition(parts, labels)
     # A link either way, so that the state is one tree with and without clipping.
     return optax.chain(optax.identity() if clip is None else optax.clip_by_global_norm(clip), tx)
+
+
+# Those with a projector for each layer of a stacked kernel.
+STACKED = [n for n, o in OPTIMIZERS.items() if "proj_type" in o.options]
+IN_SUBSPACE = [n for n, o in OPTIMIZERS.items() if o.in_subspace]

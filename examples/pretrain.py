@@ -20,7 +20,7 @@ import tqdm
 import galore_jax
 from examples import config as config_lib
 from examples import data as data_lib
-from examples import llama, optimizers, runs, sampling, training
+from examples import llama, low_rank, optimizers, runs, sampling, training
 from examples.config import Config
 from examples.errors import UserError
 
@@ -45,9 +45,8 @@ def open_run(config: Config, tokenizer: str) -> pathlib.Path:
     return folder
 
 
-def learning_rate_schedule(config: Config) -> optax.Schedule:
+def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:
     """Up in a line from 0, down in a cosine to 10 %."""
-    peak = config.learning_rate
     return optax.warmup_cosine_decay_schedule(
         0.0 if config.warmup else peak, peak, config.warmup, config.steps, end_value=0.1 * peak
     )
@@ -65,17 +64,28 @@ def model_config(config: Config) -> llama.LlamaConfig:
     )
 
 
-def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Config, schedule: optax.Schedule, params: dict
+) -> optax.GradientTransformation:
     """The optimizer of the run; what it refuses is a mistake in the flags.
 
     Layer by layer no link of it sees all gradients, so there the training step clips.
     """
+    apart = {}
+    if config.embedding_learning_rate is not None:
+        rate = learning_rate_schedule(config, config.embedding_learning_rate)
+        apart = {"embedding_learning_rate": rate}
+    if apart or config.weights != "full":
+        apart["labels"] = low_rank.labels(params)
+    if config.weights == "relora":
+        schedule = low_rank.rewarmed(schedule, config.update_proj_gap)
     try:
         return optimizers.create(
             config.optimizer,
             schedule,
             weight_decay=config.weight_decay,
             clip=None if config.tier == "layerwise" else config.clip or None,
+            **apart,
             **config_lib.galore_options(config),
         )
     except (TypeError, ValueError) as error:
@@ -107,11 +117,12 @@ def train(config: Config) -> dict[str, float]:
     )
     folder = open_run(config, data.tokenizer.to_str())
     describe_data(config, data)
-    schedule = learning_rate_schedule(config)
-    tx = make_optimizer(config, schedule)
+    schedule = learning_rate_schedule(config, config.learning_rate)
     graph, params = llama.create(model_config(config), config.seed)
+    params = low_rank.factorise(config.weights, params, config.rank, jax.random.key(config.seed))
+    tx = make_optimizer(config, schedule, params)
     print(f"model: {config.model}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
-    if optimizers.is_galore(config.optimizer):
+    if config.optimizer in optimizers.IN_SUBSPACE:
         print(galore_jax.summary(tx, params))
     batches = iter(data.train)
     manager = runs.checkpoint_manager(folder, config.keep)
@@ -133,6 +144,9 @@ def train(config: Config) -> dict[str, float]:
         rounding_key=jax.random.key(config.seed) if config.stochastic_rounding else None,
     )
     eval_step = training.make_eval_step(graph)
+    restart = None
+    if config.weights in low_rank.RESTARTING:
+        restart = low_rank.make_restart(config.weights, config.seed)
 
     def evaluate(params: dict, limit: int | None) -> dict[str, float]:
         """On the whole validation split, or `limit` batches spread evenly over it."""
@@ -148,6 +162,8 @@ def train(config: Config) -> dict[str, float]:
     pending, logged = [], time.perf_counter()
     bar = tqdm.tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
     for step in range(start + 1, stop + 1):
+        if restart is not None and step > 1 and (step - 1) % config.update_proj_gap == 0:
+            state = restart(state)
         state, metrics = train_step(state, next(batches))
         # The metrics stay on the device until they are needed: reading them waits for the step.
         pending.append({"step": step, "tokens": step * step_tokens} | metrics)
@@ -162,7 +178,9 @@ def train(config: Config) -> dict[str, float]:
                 f"The loss is {rows[-1]['loss']} at step {step}. Lower --learning-rate."
             )
         if last or eval_due:
-            rows[-1] |= evaluate(state["params"], None if last else config.eval_batches)
+            rows[-1] |= evaluate(
+                state["params"], config.last_eval_batches if last else config.eval_batches
+            )
         runs.append_metrics(folder, rows)
         if save_due:
             runs.save(manager, step, state, batches)
@@ -184,7 +202,7 @@ def train(config: Config) -> dict[str, float]:
     if config.sample_tokens:
         text = sampling.sample_text(
             graph,
-            state["params"],
+            low_rank.assemble(state["params"]),
             data.tokenizer,
             config.prompt,
             count=config.sample_tokens,

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 import galore_jax
+from examples import low_rank
 
 State = dict  # params, opt_state, step: everything a step reads and writes.
 # Where the gradients are: whole, in the subspace, or of one layer at a time.
@@ -55,7 +56,8 @@ def make_train_step(
     """
 
     def loss_fn(params: dict, tokens: jax.Array) -> jax.Array:
-        return jnp.mean(nnx.merge(graph, params).losses(tokens[:, :-1], tokens[:, 1:]))
+        model = nnx.merge(graph, low_rank.assemble(params))
+        return jnp.mean(model.losses(tokens[:, :-1], tokens[:, 1:]))
 
     def full_gradient(params: dict, opt_state: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
         if accumulate == 1:
@@ -102,7 +104,8 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable[..., jax.Array]:
 
     @jax.jit
     def eval_step(params: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        losses = nnx.merge(graph, params).losses(tokens[:, :-1], tokens[:, 1:])
+        model = nnx.merge(graph, low_rank.assemble(params))
+        losses = model.losses(tokens[:, :-1], tokens[:, 1:])
         return jnp.sum(jnp.where(mask, losses, 0.0), axis=-1)
 
     return eval_step

@@ -5,30 +5,64 @@ and the options of `galore`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, Unpack
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_jax.eightbit import adamw8bit
 from galore_jax.leaf import Rank
+from galore_jax.lowrank import wide
 from galore_jax.transform import GaLoreOptions, galore
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def spell_out_options(alias: _F) -> _F:
-    """Show `galore`'s options in an alias's signature, one by one with their defaults.
+def spell_out(of: Callable[..., Any], names: Iterable[str]) -> Callable[[_F], _F]:
+    """Show some options of a function in an alias's signature, one by one with their defaults.
 
     `optax.inject_hyperparams` reads signatures: it injects what it finds there by name.
     """
-    signature = inspect.signature(alias)
-    options = inspect.signature(galore).parameters
-    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    named += [options[name] for name in GaLoreOptions.__annotations__]
-    alias.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
-    return alias
+
+    def spelled(alias: _F) -> _F:
+        signature = inspect.signature(alias)
+        options = inspect.signature(of).parameters
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named += [options[name] for name in names]
+        alias.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        return alias
+
+    return spelled
+
+
+spell_out_options = spell_out(galore, GaLoreOptions.__annotations__)
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same transformation with arithmetic and state in float32 at least, as in `galore`."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        given = updates if params is None else params
+        updates, params = (None if x is None else jax.tree.map(wide, x) for x in (updates, params))
+        out, state = tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda u, x: u.astype(jnp.result_type(x)), out, given), state
+
+    def init_fn(params):
+        return tx.init(jax.tree.map(wide, params))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def with_rate(
+    tx: optax.GradientTransformation, rate: optax.ScalarOrSchedule, decay: Any, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    """What makes an optimizer of a transformation: decoupled decay, then the learning rate."""
+    return optax.chain(
+        tx, optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate)
+    )
 
 
 @spell_out_options

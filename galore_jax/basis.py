@@ -12,8 +12,9 @@ bfloat16 passes would lose the small singular directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 # A thunk, so that methods that need no key do not pay for hashing one.
 Key = Callable[[], jax.Array]
 Method = Callable[[jax.Array, int, jax.Array, Key], jax.Array]
+# Which method from which step on, in order; the first step is 0.
+Methods = tuple[tuple[int, str], ...]
 
 
 def align_signs(p: jax.Array, previous: jax.Array) -> jax.Array:
@@ -94,6 +97,38 @@ METHODS: dict[str, Method] = {
     "subspace": subspace,
     "random": random,
 }
+
+
+def methods(given: str | Mapping[int, str]) -> Methods:
+    """Read a method, or methods by the step from which each is used."""
+    by_step = given if isinstance(given, Mapping) else {0: given}
+    for step, name in by_step.items():
+        if name not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"method: the steps of a schedule are ints >= 0, got {step!r}")
+    if 0 not in by_step:
+        raise ValueError(
+            f"method: a schedule begins at step 0, as in {{0: 'randomized', 8000: 'random'}}, got "
+            f"{dict(by_step)}"
+        )
+    return tuple(sorted(by_step.items()))
+
+
+def at_step(methods: Methods, step: jax.typing.ArrayLike) -> Method:
+    """The method in use at a step, which may be traced."""
+    functions = [METHODS[name] for _, name in methods]
+    if len(functions) == 1:
+        return functions[0]
+
+    def scheduled(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Array:
+        def branch(method: Method) -> Callable[[Any], jax.Array]:
+            return lambda operands: method(operands[0], rank, operands[1], key)
+
+        now = sum(jnp.asarray(step >= start, jnp.int32) for start, _ in methods[1:])
+        return jax.lax.switch(now, [branch(f) for f in functions], (a, previous))
+
+    return scheduled
 
 
 def _from_gram(a: jax.Array, leading: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,15 +57,41 @@ def check_projectors(plan: Plan, where: Sites, projector: Any, storage: Storage)
             )
 
 
-def check_projected(leaves: Sequence[Leaf], grads: Sequence[Any]) -> None:
-    """Raise where gradients were projected by another optimizer's settings."""
+def check_projected(leaves: Sequence[Leaf], grads: Sequence[Any], needs: str | None = None) -> None:
+    """Raise where gradients were projected by another optimizer's settings.
+
+    Args:
+        leaves: the projected leaves.
+        grads: their gradients, full or projected.
+        needs: what needs full gradients, if anything does.
+    """
     for leaf, g in zip(leaves, grads, strict=True):
+        if is_projected(g) and needs is not None:
+            raise ValueError(needs_full(needs, leaf.path))
         if is_projected(g) and (g.leaf.side, g.leaf.rank) != (leaf.side, leaf.rank):
             raise ValueError(
                 f"the gradient of leaf '{leaf.path}' was projected on side '{g.leaf.side}' to rank "
                 f"{g.leaf.rank}, but this optimizer projects it on side '{leaf.side}' to rank "
                 f"{leaf.rank}: give galore_jax.value_and_grad the optimizer that updates"
             )
+
+
+def check_full(updates: Any, what: str) -> None:
+    """Raise where gradients arrived in the subspace."""
+    for path, g in jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_projected):
+        if is_projected(g):
+            raise ValueError(
+                needs_full(what, jax.tree_util.keystr(path, simple=True, separator="/"))
+            )
+
+
+def needs_full(what: str, path: str) -> str:
+    """The message for gradients that arrived in the subspace where they must not."""
+    return (
+        f"{what} needs the full gradient, of which galore_jax.value_and_grad hands over the "
+        f"projection alone (leaf '{path}'). Use jax.value_and_grad, or "
+        "galore_jax.value_and_update, which holds the gradient of one layer at a time"
+    )
 
 
 def check_gap(gap: Any) -> None:
@@ -85,16 +110,6 @@ def check_scale(scale: Any) -> None:
     """Raise unless the scale is one number."""
     if not isinstance(scale, numbers.Real | jax.Array | np.ndarray) or np.shape(scale):  # type: ignore[arg-type]
         raise TypeError(f"scale must be a number, got {scale!r}")
-
-
-def check_exclude(exclude: Any) -> None:
-    """Raise unless `exclude` compiles."""
-    try:
-        re.compile(exclude if exclude is not None else "")
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"exclude must be a regular expression or None, got {exclude!r}: {error}"
-        ) from None
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

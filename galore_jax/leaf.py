@@ -8,6 +8,7 @@ projection is decided here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import re
@@ -169,6 +170,10 @@ class Sites(NamedTuple):
             flat[i] = x
         return self.treedef.unflatten(flat)
 
+    def only(self, values: Iterable[Any], tree: Any) -> Any:
+        """The projected leaves of a tree like the parameters, and MaskedNodes elsewhere."""
+        return self.put(values, jax.tree.map(lambda _: optax.MaskedNode(), tree))
+
 
 def sites(plan: Plan, treedef: Any) -> Sites:
     """The projected leaves of a plan."""
@@ -230,6 +235,28 @@ def plan(
         _plan_leaf(specs.path_string(path), x, spec, rank, proj_type, excluded)
         for (path, x), spec in zip(leaves, found, strict=True)
     ]
+
+
+def planner(
+    rank: Rank, proj_type: str, exclude: str | None, weight_dimension_numbers: Any
+) -> Callable[[optax.Params], Plan]:
+    """Check the options that decide what is projected; `plan` with them filled in."""
+    check_rank(rank)
+    if proj_type not in PROJ_TYPES:
+        raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, got {proj_type!r}")
+    try:
+        re.compile(exclude if exclude is not None else "")
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"exclude must be a regular expression or None, got {exclude!r}: {error}"
+        ) from None
+    return functools.partial(
+        plan,
+        rank=rank,
+        proj_type=proj_type,
+        exclude=exclude,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
 
 
 def warn_about(plan: Plan) -> None:

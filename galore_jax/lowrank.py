@@ -136,3 +136,13 @@ def factored(leaf: Leaf, p: Stored, low_rank: jax.Array, decay: Any, dtype: Any)
 def is_projected(x: Any) -> bool:
     """Whether a leaf is a gradient in the subspace."""
     return isinstance(x, Projected)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Float32 at least, for the arithmetic and the state of the inner optimizer."""
+    if is_projected(x):
+        return x
+    dtype = jnp.result_type(x)
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
+    return x

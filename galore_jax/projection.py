@@ -64,11 +64,10 @@ def to_tree(
 
     Two trees, since `nnx.Optimizer` does not keep a struct in the place of a parameter.
     """
-    masked = jax.tree.map(lambda _: optax.MaskedNode(), like)
     if isinstance(storage, Format):
-        parts = (where.put([getattr(p, f) for p in stored], masked) for f in Encoded._fields)
+        parts = (where.only([getattr(p, f) for p in stored], like) for f in Encoded._fields)
         return Encoded(*parts)
-    return where.put(stored, masked)
+    return where.only(stored, like)
 
 
 def from_tree(where: Sites, tree: optax.Params) -> list[Stored]:

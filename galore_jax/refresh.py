@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.basis import Method, align_signs
+from galore_jax.basis import Method, Methods, align_signs, at_step
 from galore_jax.leaf import Leaf
 from galore_jax.projection import Stored, load, storage_of, store
 
@@ -75,9 +75,20 @@ def one_layer(layer: Layer, refreshing: bool):
         _refreshing.reset(tokens[1])
 
 
+class Pause(NamedTuple):
+    """How a leaf's matrices let turns to refresh pass, or a tree of such for all leaves.
+
+    A matrix that refreshed waits for `gap - 1` turns, then refreshes again.
+    """
+
+    gap: Any  # shape=leaf.batch, int32: refresh at every gap-th turn
+    wait: Any  # shape=leaf.batch, int32: turns still to pass
+
+
 class Schedule(NamedTuple):
     """Which of the K matrices, in the order of the leaves, refresh at this step."""
 
+    turn: jax.Array  # shape=(K,), bool: would refresh, if it did not pause
     due: jax.Array  # shape=(K,), bool
     age: jax.Array  # shape=(K,), int32: steps since the last refresh, this one included
     layer: jax.Array  # shape=(K,), int32: their numbers in their leaves' stacks
@@ -87,7 +98,8 @@ class Schedule(NamedTuple):
         """The part of the leaves at these positions."""
         numbers = np.split(np.arange(self.due.size), _cuts(_sizes(leaves)))
         some = np.concatenate([numbers[i] for i in at]) if at else np.zeros(0, int)
-        return Schedule(self.due[some], self.age[some], self.layer[some], self.any_due)
+        rows = (x[some] for x in (self.turn, self.due, self.age, self.layer))
+        return Schedule(*rows, self.any_due)
 
     def without(self, leaves: Sequence[Leaf], fixed: Sequence[bool]) -> Schedule:
         """The schedule of a program that refreshes none of the leaves that are fixed."""
@@ -96,11 +108,16 @@ class Schedule(NamedTuple):
 
 
 def schedule(
-    leaves: Sequence[Leaf], count: jax.Array, update_proj_gap: Any, stagger: bool
+    leaves: Sequence[Leaf],
+    count: jax.Array,
+    update_proj_gap: Any,
+    stagger: bool,
+    pauses: Sequence[Pause] | None = None,
 ) -> Schedule:
     """Refresh at steps 0, T, 2T, ...; staggered, matrix j of K at floor(j T / K) + i T too.
 
-    Step 0 refreshes every matrix in both cases: there is no projector to go on with.
+    Step 0 refreshes every matrix in both cases: there is no projector to go on with. A matrix
+    that pauses lets some of its turns pass.
     """
     sizes = _sizes(leaves)
     layer = np.concatenate([np.arange(s, dtype=np.int32) for s in [0, *sizes]])
@@ -114,19 +131,28 @@ def schedule(
     if stagger:  # floor(j T / K) without the overflow of j T
         offset = j * (update_proj_gap // total) + j * (update_proj_gap % total) // total
     phase = jnp.where(count < offset, count, (count - offset) % update_proj_gap)
-    due = (phase == 0) & ((count >= offset) | (count == 0))
+    turn = (phase == 0) & ((count >= offset) | (count == 0))
+    due, age = turn, phase.astype(jnp.int32) + 1
+    if pauses:
+        gap, wait = (
+            jnp.concatenate([x.ravel() for x in part]) for part in zip(*pauses, strict=True)
+        )
+        due = turn & (wait == 0)
+        passed = gap - wait - jnp.where(turn, 0, 1)
+        age += jnp.where(due, 0, passed * update_proj_gap).astype(jnp.int32)
     any_due = jnp.any(due)
     if (emitting := _emitting.get()) is not None:
         any_due &= emitting
     if not _refreshing.get():
         due, any_due = jnp.zeros_like(due), False
-    age = phase.astype(jnp.int32) + 1
-    due, age, layer = (jnp.broadcast_to(x, j.shape) for x in (due, age, layer))
-    return Schedule(due, age, layer, any_due)
+    turn, due, age, layer = (jnp.broadcast_to(x, j.shape) for x in (turn, due, age, layer))
+    return Schedule(turn, due, age, layer, any_due)
 
 
 def per_leaf(leaves: Sequence[Leaf], x: jax.Array) -> list[jax.Array]:
     """Split an array over the K matrices into one of shape `leaf.batch` per leaf."""
+    if not leaves:
+        return []
     pieces = jnp.split(x, _cuts(_sizes(leaves)))
     return [piece.reshape(leaf.batch) for leaf, piece in zip(leaves, pieces, strict=True)]
 
@@ -139,7 +165,7 @@ def refresh(
     projectors: Sequence[Stored],
     count: jax.Array,
     when: Schedule,
-    method: Method,
+    methods: Methods,
     stagger: bool,
 ) -> list[Stored]:
     """Recompute the projectors that are due, from this step's gradients.
@@ -152,7 +178,7 @@ def refresh(
         projectors: the present projectors, as stored.
         count: int32 scalar, the step.
         when: from `schedule`.
-        method: one of `basis.METHODS`.
+        methods: from `basis.methods`.
         stagger: whether some matrices may be due and others not.
 
     Returns:
@@ -177,7 +203,7 @@ def refresh(
                 [projectors[i] for i in members],
                 when.of(leaves, members),
                 count,
-                method,
+                methods,
                 stagger,
             )
             for i, p in zip(members, renewed, strict=True):
@@ -187,7 +213,7 @@ def refresh(
     return jax.lax.cond(when.any_due, recompute, lambda: list(projectors))
 
 
-def _refresh_together(leaves, grads, projectors, when, count, method, stagger) -> list[Stored]:
+def _refresh_together(leaves, grads, projectors, when, count, methods, stagger) -> list[Stored]:
     """Refresh matrices of one shape, one after the other in one loop."""
     leaf, sizes = leaves[0], _sizes(leaves)
     if len(leaves) == 1:
@@ -201,7 +227,7 @@ def _refresh_together(leaves, grads, projectors, when, count, method, stagger) -
     def one(slot):
         def renewed():
             seed = (slot["seed"], count, slot["layer"])
-            return renew(leaf.matrix, matrix(slot["at"]), slot["old"], seed, method)
+            return renew(leaf.matrix, matrix(slot["at"]), slot["old"], seed, methods)
 
         return jax.lax.cond(slot["due"], renewed, lambda: slot["old"]) if stagger else renewed()
 
@@ -236,15 +262,16 @@ def _refresh_together(leaves, grads, projectors, when, count, method, stagger) -
     return [part(*x) for x in zip(hidden, sizes, projectors, strict=True)]
 
 
-def renew(leaf: Leaf, g: jax.Array, old: Stored, seed: Any, method: Method) -> Stored:
+def renew(leaf: Leaf, g: jax.Array, old: Stored, seed: Any, methods: Methods) -> Stored:
     """The projector of one matrix from its gradient; the old one where that is not finite.
 
     Args:
         leaf: a leaf of one matrix.
         g: its gradient (m, n).
         old: its present projector, as stored.
-        seed: integers that tell this matrix and step from others, for random bases.
-        method: one of `basis.METHODS`.
+        seed: integers that tell this matrix and step from others, for random bases: of the
+            leaf, the step, the number in the stack.
+        methods: from `basis.methods`.
 
     Returns:
         The new projector, stored as the old one.
@@ -262,7 +289,7 @@ def renew(leaf: Leaf, g: jax.Array, old: Stored, seed: Any, method: Method) -> S
     largest = jnp.max(jnp.abs(g))
     finite = jnp.isfinite(largest)
     g = jnp.where(finite, g / jnp.where(largest > 0, largest, 1), 0)
-    new = _basis(leaf, g, load(leaf, old), key, method)
+    new = _basis(leaf, g, load(leaf, old), key, at_step(methods, seed[1]))
     usable = finite & jnp.all(jnp.isfinite(new))
     stored = store(leaf, new, storage_of(old))
     return jax.tree.map(lambda n, o: jnp.where(usable, n, o), stored, old)

@@ -13,11 +13,12 @@ import numpy as np
 import optax
 from jax.interpreters import partial_eval as pe
 
+from galore_jax import checks
 from galore_jax.leaf import Leaf, bare
 from galore_jax.lowrank import LIGHT, Projected
 from galore_jax.projection import Stored, load, storage_of, store
 from galore_jax.quantize import Encoded
-from galore_jax.refresh import per_leaf, schedule
+from galore_jax.refresh import Pause, per_leaf, schedule
 from galore_jax.specs import path_string
 from galore_jax.tap import Kernel, Rule, Slots, Tapped, Turn
 from galore_jax.transform import GaLoreState, Probe, probe_all
@@ -161,14 +162,15 @@ def _taps(tx, params, opt_state, refresh: bool) -> dict[int, _Tap]:
     }
     taps = {}
     for probe, state in zip(*galores(tx, params, opt_state), strict=True):
-        leaves = probe.leaves
-        when = schedule(leaves, jnp.asarray(state.count), probe.update_proj_gap, probe.stagger)
+        leaves, gap = probe.leaves, probe.update_proj_gap
+        pauses = _pauses(state, leaves)
+        when = schedule(leaves, jnp.asarray(state.count), gap, probe.stagger, pauses)
         stored = _stored(state, leaves)
         rows = [per_leaf(leaves, x) for x in (when.due, when.layer)]
         for leaf, p, due, layer in zip(leaves, stored, *rows, strict=True):
             if leaf.batch_leads:
                 turn = Turn(due, layer, jnp.broadcast_to(state.count, leaf.batch))
-                rule = Rule(leaf, probe.method)
+                rule = Rule(leaf, probe.methods)
                 taps[positions[leaf.path]] = _Tap(rule, p, turn if refresh else None)
     return taps
 
@@ -181,6 +183,9 @@ def galores(tx, params, opt_state) -> tuple[list[Probe], list[GaLoreState]]:
             "tx holds no galore, so there is no subspace for the gradients to arrive in. Use "
             "jax.value_and_grad with it, or an optimizer such as galore_jax.galore_adamw"
         )
+    for probe in probes:
+        if probe.needs is not None:
+            raise ValueError(checks.needs_full(probe.needs, probe.leaves[0].path))
     if any(p.in_multi_steps for p in probes):
         raise ValueError(
             "an optax.MultiSteps around galore averages full gradients. Put it inside, "
@@ -221,6 +226,16 @@ def _projectors(state: GaLoreState) -> dict[str, Stored]:
 def _stored(state: GaLoreState, leaves: tuple[Leaf, ...]) -> list[Stored]:
     by_path = _projectors(state)
     return [by_path[leaf.path] for leaf in leaves]
+
+
+def _pauses(state: GaLoreState, leaves: tuple[Leaf, ...]) -> list[Pause] | None:
+    if not isinstance(state.pauses, Pause):
+        return None
+    gap, wait = (
+        {path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in state.pauses
+    )
+    return [Pause(gap[leaf.path], wait[leaf.path]) for leaf in leaves]
 
 
 def _slots(tap: _Tap) -> Slots:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.basis import METHODS
+from galore_jax.basis import Methods
 from galore_jax.leaf import Leaf
 from galore_jax.lowrank import LIGHT
 from galore_jax.projection import Stored, bases, load, project
@@ -47,7 +47,7 @@ class Rule:
     """What of a tap is known when it is traced."""
 
     leaf: Leaf  # of the whole stack
-    method: str
+    methods: Methods
 
     def at(self, ndim: int) -> Leaf:
         """The leaf as a kernel of `ndim` axes sees it, below the scans around it."""
@@ -349,7 +349,7 @@ def _cotangents(leaf: Leaf, rule: Rule, stored: Stored, turn, gradient, project,
             gradient(),
             stored,
             (seed_of(rule.leaf), turn.count, turn.layer),
-            METHODS[rule.method],
+            rule.methods,
         ),
         lambda: stored,
     )

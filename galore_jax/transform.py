@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -19,10 +19,12 @@ import optax
 from galore_jax import checks
 from galore_jax import leaf as leaf_lib
 from galore_jax import moments as moments_lib
-from galore_jax.basis import METHODS
+from galore_jax.basis import Methods
+from galore_jax.basis import methods as read_methods
 from galore_jax.decay import reads_params, split_affine
-from galore_jax.leaf import DEFAULT_EXCLUDE, PROJ_TYPES, Leaf, Plan, Rank, bare
-from galore_jax.lowrank import Factored, factored, is_projected
+from galore_jax.lazy import next_pauses, unpaused
+from galore_jax.leaf import DEFAULT_EXCLUDE, Leaf, Plan, Rank, Sites, bare
+from galore_jax.lowrank import Factored, factored, is_projected, wide
 from galore_jax.projection import (
     default_projector,
     from_tree,
@@ -33,7 +35,9 @@ from galore_jax.projection import (
     store,
     to_tree,
 )
-from galore_jax.refresh import Schedule, in_multi_steps, refresh, schedule
+from galore_jax.refresh import Pause, Schedule, in_multi_steps, schedule
+from galore_jax.refresh import refresh as refresh_projectors
+from galore_jax.residual import column_ratio, outside_of
 
 
 class GaLoreState(NamedTuple):
@@ -44,6 +48,9 @@ class GaLoreState(NamedTuple):
     # one tree of codes and one of scales.
     projector: optax.Params
     inner_state: optax.OptState  # of the inner optimizer, over low-rank arrays
+    # Of `residual`, over the matrices outside the subspace.
+    residual_state: optax.OptState = optax.EmptyState()
+    pauses: Any = optax.EmptyState()  # refresh="lazy": a `Pause` of trees, int32, batch
 
 
 class GaLoreOptions(TypedDict, total=False):
@@ -52,9 +59,11 @@ class GaLoreOptions(TypedDict, total=False):
     update_proj_gap: jax.typing.ArrayLike
     scale: jax.typing.ArrayLike
     proj_type: str
-    method: str
+    method: str | Mapping[int, str]
+    refresh: str
     stagger: bool
     moments: str
+    residual: optax.GradientTransformation | None
     exclude: str | None
     weight_dimension_numbers: Any
     projector_dtype: Any
@@ -81,8 +90,9 @@ class Probe(NamedTuple):
     leaves: tuple[Leaf, ...]
     update_proj_gap: Any
     stagger: bool
-    method: str
-    in_multi_steps: bool  # which then takes full gradients
+    methods: Methods
+    in_multi_steps: bool = False  # which then takes full gradients
+    needs: str | None = None  # what needs full gradients, if anything does
 
 
 _probes: contextvars.ContextVar[list[Probe] | None] = contextvars.ContextVar(
@@ -115,6 +125,14 @@ def probe_all(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> 
     return probes
 
 
+def probing(probe: Probe) -> bool:
+    """Whether an update is asked for its settings alone, which it hereby tells."""
+    probes = _probes.get()
+    if probes is not None:
+        probes.append(probe)
+    return probes is not None
+
+
 def galore(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -122,9 +140,11 @@ def galore(
     update_proj_gap: jax.typing.ArrayLike = 200,
     scale: jax.typing.ArrayLike = 0.25,
     proj_type: str = "std",
-    method: str = "randomized",
+    method: str | Mapping[int, str] = "randomized",
+    refresh: str = "fixed",
     stagger: bool = False,
     moments: str = "keep",
+    residual: optax.GradientTransformation | None = None,
     exclude: str | None = DEFAULT_EXCLUDE,
     weight_dimension_numbers: Any = None,
     projector_dtype: Any = None,
@@ -177,11 +197,20 @@ def galore(
         method: how a projector is computed: `randomized` (range finder with power iterations
             on the smaller Gram matrix; 0.999 and more of the SVD's captured energy), `svd`,
             `eigh` (the same subspace from the smaller Gram matrix), `subspace` (one block power
-            iteration from the last projector) or `random` (the gradient is not used).
+            iteration from the last projector) or `random` (the gradient is not used). A schedule
+            is a dict by first step: `{0: "randomized", 8000: "random"}` takes random projectors
+            late in training, when noise prevails, as GoLore does.
+        refresh: `fixed`, or `lazy`: a matrix whose subspace barely moved at a refresh (it shares
+            more than 0.4 of the way from chance to equality with the last one) waits twice as
+            long for the next, up to 16 T; when it moves again it is back at T.
         stagger: after step 0, spread the refreshes of matrices, layers of a stacked leaf
             included, over the T steps, so that no single step pays for all of them.
         moments: what becomes of the inner state when a projector changes: `keep` (the
             paper), `reset` to zero, or `rotate` into the new basis.
+        residual: a transformation for the part of the gradient outside the subspace,
+            :math:`G - P P^T G`, whose result is added to the lifted update (and not scaled). With
+            `optax.sign_sgd(learning_rate)` it is FRUGAL's state-free half. It sees matrices
+            `batch + (m, n)` and needs full gradients. None drops that part, as the paper does.
         exclude: regular expression, searched in a leaf's path (`blocks/attn/q/kernel`); leaves
             that match are not projected. The default keeps out embeddings, output heads,
             normalisation scales and biases. None excludes nothing.
@@ -195,8 +224,9 @@ def galore(
             to a byte). What is stored is what projects and lifts.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` whose state is a `GaLoreState`. Extra
-        arguments of `update` reach the inner optimizer.
+        An `optax.GradientTransformationExtraArgs` whose state is a `GaLoreState`. `update` takes
+        `projector_grads=`, a tree like the gradients to compute projectors from in their place;
+        other extra arguments reach the inner optimizer.
 
     Raises:
         TypeError: for a rank, an inner optimizer or dimension numbers of the wrong type.
@@ -224,15 +254,17 @@ def galore(
 
     References:
         Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
-        <https://arxiv.org/abs/2403.03507>`_, 2024
+        <https://arxiv.org/abs/2403.03507>`_, 2024; He et al., `GoLore
+        <https://arxiv.org/abs/2410.11289>`_, 2024; Zhang et al., `Q-GaLore
+        <https://arxiv.org/abs/2407.08296>`_, 2024; Zmushko et al., `FRUGAL
+        <https://arxiv.org/abs/2411.07837>`_, 2024
     """
-    leaf_lib.check_rank(rank)
+    make_plan = leaf_lib.planner(rank, proj_type, exclude, weight_dimension_numbers)
     checks.check_gap(update_proj_gap)
     checks.check_scale(scale)
-    checks.check_exclude(exclude)
     checks.check_choice("stagger", stagger, (True, False))
-    checks.check_choice("proj_type", proj_type, PROJ_TYPES)
-    checks.check_choice("method", method, tuple(METHODS))
+    checks.check_choice("refresh", refresh, ("fixed", "lazy"))
+    methods = read_methods(method)
     checks.check_choice("moments", moments, moments_lib.POLICIES)
     storage = checks.projector_storage(projector_dtype)
 
@@ -245,8 +277,10 @@ def galore(
             scale=scale,
             proj_type=proj_type,
             method=method,
+            refresh=refresh,
             stagger=stagger,
             moments=moments,
+            residual=residual,
             exclude=exclude,
             weight_dimension_numbers=weight_dimension_numbers,
             projector_dtype=projector_dtype,
@@ -258,15 +292,7 @@ def galore(
             f"got {inner!r} (the rank goes by name: galore(rank=128))"
         )
     inner_tx = optax.with_extra_args_support(inner)
-
-    def make_plan(params) -> Plan:
-        return leaf_lib.plan(
-            params,
-            rank=rank,
-            proj_type=proj_type,
-            exclude=exclude,
-            weight_dimension_numbers=weight_dimension_numbers,
-        )
+    residual_tx = None if residual is None else optax.with_extra_args_support(residual)
 
     def init_fn(params):
         params = bare(params)
@@ -280,7 +306,7 @@ def galore(
         low_params = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in where.leaves]
 
         def inner_init(low_params):
-            return inner_tx.init(where.put(low_params, jax.tree.map(_wide, params)))
+            return inner_tx.init(where.put(low_params, jax.tree.map(wide, params)))
 
         for leaf, reads in zip(where.leaves, reads_params(inner_init, low_params), strict=True):
             if reads:
@@ -292,11 +318,21 @@ def galore(
         inner_state = inner_init(low_params)
         if moments != "keep":
             moments_lib.check(inner_tx.init, inner_state, params, plan, moments)
-        return GaLoreState(
+        state = GaLoreState(
             jnp.zeros([], jnp.int32), to_tree(where, projectors, params, storage), inner_state
         )
+        if residual_tx is not None:
+            matrices = [
+                leaf.to_matrix(w).astype(leaf.dtype)
+                for leaf, w in zip(where.leaves, where.pick(params), strict=True)
+            ]
+            residual_state = residual_tx.init(where.only(matrices, params))
+            state = state._replace(residual_state=residual_state)
+        if refresh == "lazy":
+            state = state._replace(pauses=pause_tree(where, unpaused(where.leaves), params))
+        return state
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, projector_grads=None, **extra_args):
         given, updates, params = updates, bare(updates), bare(params)
         if not isinstance(state, GaLoreState):
             raise TypeError(
@@ -314,30 +350,31 @@ def galore(
         plan = make_plan(like)
         where = leaf_lib.sites(plan, jax.tree.structure(like))
         leaves = tuple(where.leaves)
-        if (probes := _probes.get()) is not None:
-            probes.append(Probe(leaves, update_proj_gap, stagger, method, in_multi_steps()))
+        needs = None if residual is None else "galore's residual="
+        if probing(Probe(leaves, update_proj_gap, stagger, methods, in_multi_steps(), needs)):
             return given, state
         checks.check_projectors(plan, where, state.projector, storage)
         grads, old = where.pick(updates), from_tree(where, state.projector)
-        checks.check_projected(leaves, grads)
+        checks.check_projected(leaves, grads, needs)
 
         # Project, unless `value_and_grad` already did.
         count = jnp.asarray(state.count)
-        when = schedule(leaves, count, update_proj_gap, stagger)
+        pauses = pauses_of(where, state)
+        when = schedule(leaves, count, update_proj_gap, stagger, pauses)
         fixed = [is_projected(g) and g.projector is None for g in grads]
         if any(fixed):  # by a program without refreshes
             when = when.without(leaves, fixed)
-        new = _projectors(leaves, grads, old, count, when, method, stagger)
-        low_grads = where.put(
-            [
-                g.low_rank if is_projected(g) else project(leaf, p, g)
-                for leaf, p, g in zip(leaves, new, grads, strict=True)
-            ],
-            jax.tree.map(_wide, updates, is_leaf=is_projected),
-        )
+        sources = grads if projector_grads is None else where.pick(bare(projector_grads))
+        some = stagger or pauses is not None  # matrices are due, and others not
+        new = _projectors(leaves, sources, old, count, when, methods, some)
+        projected = [
+            g.low_rank if is_projected(g) else project(leaf, p, g)
+            for leaf, p, g in zip(leaves, new, grads, strict=True)
+        ]
+        low_grads = where.put(projected, jax.tree.map(wide, updates, is_leaf=is_projected))
 
         # Update in the subspace. The inner optimizer meets zeros for projected weights.
-        wide_params = None if params is None else jax.tree.map(_wide, params)
+        wide_params = None if params is None else jax.tree.map(wide, params)
         zeros = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in leaves]
 
         def inner_update(inner_state, low_params):
@@ -371,20 +408,64 @@ def galore(
                 leaves, new, factors, directions, decays, weights, grads, strict=True
             )
         ]
+        residual_state = state.residual_state
+        if residual_tx is not None:
+            outside = [
+                outside_of(leaf, p, g, r)
+                for leaf, p, g, r in zip(leaves, new, grads, projected, strict=True)
+            ]
+            ratios = [
+                column_ratio(leaf, scale * u, r)
+                for leaf, u, r in zip(leaves, directions, projected, strict=True)
+            ]
+            matrices = None if params is None else where.pick(jax.tree.map(wide, params))
+            if matrices is not None:
+                matrices = [x.to_matrix(w) for x, w in zip(leaves, matrices, strict=True)]
+                matrices = where.only(matrices, like)
+            outside, residual_state = residual_tx.update(
+                where.only(outside, like),
+                residual_state,
+                matrices,
+                column_ratio=where.only(ratios, like),
+                **extra_args,
+            )
+            lifted = [
+                u + leaf.from_matrix(x)
+                for leaf, u, x in zip(leaves, lifted, where.pick(outside), strict=True)
+            ]
         out = [
             u if isinstance(u, Factored) else u.astype(jnp.result_type(x))
             for u, x in zip(where.flatten(where.put(lifted, out)), where.flatten(like), strict=True)
         ]
         new_state = GaLoreState(
-            optax.safe_increment(count), to_tree(where, new, like, storage), inner_state
+            optax.safe_increment(count),
+            to_tree(where, new, like, storage),
+            inner_state,
+            residual_state,
+            state.pauses,
         )
+        if pauses is not None:
+            pauses = next_pauses(leaves, pauses, old, new, projected, when)
+            new_state = new_state._replace(pauses=pause_tree(where, pauses, like))
         treedef = jax.tree.structure(given, is_leaf=is_projected)
         return jax.tree.unflatten(treedef, out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _projectors(leaves, grads, old, count, when: Schedule, method: str, stagger: bool):
+def pause_tree(where: Sites, pauses: list[Pause], like: optax.Params) -> Pause:
+    """The leaves' pauses as two trees like the parameters."""
+    return Pause(*(where.only([getattr(p, f) for p in pauses], like) for f in Pause._fields))
+
+
+def pauses_of(where: Sites, state: GaLoreState) -> list[Pause] | None:
+    """The pauses of the projected leaves, where refreshes are lazy."""
+    if not isinstance(state.pauses, Pause):
+        return None
+    return [Pause(*x) for x in zip(*map(where.pick, state.pauses), strict=True)]
+
+
+def _projectors(leaves, grads, old, count, when: Schedule, methods: Methods, some: bool):
     """This step's projectors: those that came with the gradients, or refreshed from them."""
     new = [
         store(leaf, g.new_projector(load(leaf, p)), storage_of(p))
@@ -394,14 +475,14 @@ def _projectors(leaves, grads, old, count, when: Schedule, method: str, stagger:
     ]
     full = [i for i, g in enumerate(grads) if not is_projected(g)]
     if full and when.any_due is not False:
-        refreshed = refresh(
+        refreshed = refresh_projectors(
             tuple(leaves[i] for i in full),
             [grads[i] for i in full],
             [old[i] for i in full],
             count,
             when.of(leaves, full),
-            METHODS[method],
-            stagger,
+            methods,
+            some,
         )
         for i, p in zip(full, refreshed, strict=True):
             new[i] = p
@@ -422,16 +503,6 @@ def _no_inner(*args, **kwargs):
         "it. Write galore_jax.chain(galore(rank=...), optax.adamw(...)) (which importing "
         "galore_jax also installs as optax.chain), or galore(optax.adamw(...), rank=...)"
     )
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """Float32 at least, for the arithmetic and the state of the inner optimizer."""
-    if is_projected(x):
-        return x
-    dtype = jnp.result_type(x)
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
-    return x
 
 
 def _over(leaf: Leaf, per_matrix: jax.Array) -> jax.Array:

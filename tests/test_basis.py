@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_jax.basis import METHODS, align_signs
+from galore_jax.basis import METHODS, align_signs, at_step, methods
 
 EXACT = ("svd", "eigh")
 
@@ -100,3 +100,28 @@ def test_a_basis_keeps_the_signs_of_its_predecessor():
     p = np.linalg.qr(previous + 0.01 * rng.standard_normal((200, 8)))[0]
     aligned = align_signs(jnp.asarray(-p), jnp.asarray(previous))
     assert np.all(np.sum(np.asarray(aligned) * previous, axis=0) > 0.9)
+
+
+def test_a_schedule_takes_each_method_from_its_step():
+    a = jnp.asarray(matrix(np.random.default_rng(0), 8, 12).astype(np.float32))
+    schedule = methods({5: "random", 0: "svd", 9: "eigh"})
+    assert schedule == ((0, "svd"), (5, "random"), (9, "eigh"))
+    for step, name in [(0, "svd"), (4, "svd"), (5, "random"), (8, "random"), (9, "eigh")]:
+        args = a, 3, jnp.eye(8, 3), lambda: jax.random.key(0)
+        got = jax.jit(lambda step, args=args: at_step(schedule, step)(*args))(step)
+        np.testing.assert_allclose(got, METHODS[name](*args), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given_methods", "message"),
+    [
+        ("pca", "method must be one of svd, .*, got 'pca'"),
+        ({0: "svd", 5: "pca"}, "method must be one of .*, got 'pca'"),
+        ({5: "svd"}, r"begins at step 0.*got \{5: 'svd'\}"),
+        ({0: "svd", -1: "random"}, "ints >= 0, got -1"),
+        ({0: "svd", 0.5: "random"}, "ints >= 0, got 0.5"),
+    ],
+)
+def test_wrong_schedules_are_refused(given_methods, message):
+    with pytest.raises(ValueError, match=message):
+        methods(given_methods)

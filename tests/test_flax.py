@@ -182,32 +182,9 @@ def eight_bits():
     )
 
 
-V0, V1 = (save_v0, load_v0), (save_v1, load_v1)
-
-
-@pytest.mark.parametrize(
-    ("make", "at", "save", "load"),
-    [  # with T = 3, step 4 lies between two refreshes and step 6 is one
-        pytest.param(line, 4, *V0, id="adamw-v0"),
-        pytest.param(line, 6, *V1, id="adamw-v1"),
-        pytest.param(lambda: line(moments="rotate", stagger=True), 4, *V1, id="rotate-stagger"),
-        pytest.param(
-            lambda: line(projector_dtype="bfloat16", method="subspace"), 4, *V0, id="bfloat16"
-        ),
-        pytest.param(adafactor, 4, *V0, id="adafactor"),
-        pytest.param(eight_bits, 4, *V1, id="8 bits, int8"),
-        pytest.param(lambda: line(projector_dtype="int4"), 6, *V0, id="int4"),
-        pytest.param(
-            lambda: optax.MultiSteps(line(), 2).gradient_transformation(),
-            3,
-            *V1,
-            id="multi-steps",
-        ),
-    ],
-)
-def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, make, at, save, load):
+def save_and_resume(tmp_path, tx, at, save, load):
+    """Train, save at a step, go on; and go on from what was saved."""
     net = LinenNet()
-    tx = make()
 
     @jax.jit
     def step(params, state):
@@ -239,6 +216,33 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, make, at, s
     for _ in range(4):
         resumed = step(*resumed)
     jax.tree.map(np.testing.assert_array_equal, resumed, carry)
+
+
+V0, V1 = (save_v0, load_v0), (save_v1, load_v1)
+
+
+@pytest.mark.parametrize(
+    ("make", "at", "save", "load"),
+    [  # with T = 3, step 4 lies between two refreshes and step 6 is one
+        pytest.param(line, 4, *V0, id="adamw-v0"),
+        pytest.param(line, 6, *V1, id="adamw-v1"),
+        pytest.param(lambda: line(moments="rotate", stagger=True), 4, *V1, id="rotate-stagger"),
+        pytest.param(
+            lambda: line(projector_dtype="bfloat16", method="subspace"), 4, *V0, id="bfloat16"
+        ),
+        pytest.param(adafactor, 4, *V0, id="adafactor"),
+        pytest.param(eight_bits, 4, *V1, id="8 bits, int8"),
+        pytest.param(lambda: line(projector_dtype="int4"), 6, *V0, id="int4"),
+        pytest.param(
+            lambda: optax.MultiSteps(line(), 2).gradient_transformation(),
+            3,
+            *V1,
+            id="multi-steps",
+        ),
+    ],
+)
+def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, make, at, save, load):
+    save_and_resume(tmp_path, make(), at, save, load)
 
 
 def test_nnx_optimizer_saves_and_resumes(tmp_path):

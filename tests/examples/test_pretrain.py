@@ -48,9 +48,9 @@ def metrics(name: str) -> list[dict]:
 
 def checkpoint(name: str, step: int, config: config_lib.Config) -> dict:
     """What the checkpoint of a step holds: state and position in the data."""
-    schedule = pretrain.learning_rate_schedule(config)
-    tx = pretrain.make_optimizer(config, schedule)
+    schedule = pretrain.learning_rate_schedule(config, config.learning_rate)
     _, params = llama.create(pretrain.model_config(config), config.seed)
+    tx = pretrain.make_optimizer(config, schedule, params)
     abstract = jax.eval_shape(lambda p: training.new_state(p, tx), params)
     manager = runs.checkpoint_manager(pathlib.Path(name), keep=10)
     assert manager.latest_step() == step
@@ -89,9 +89,9 @@ def test_every_optimizer_takes_a_step_that_helps(folder, optimizer):
     config = config_lib.from_recipe(
         "tiny", optimizer, 30, 4, rank=4, update_proj_gap=10, seq_len=16, vocab_size=300
     )
-    schedule = pretrain.learning_rate_schedule(config)
-    tx = pretrain.make_optimizer(config, schedule)
+    schedule = pretrain.learning_rate_schedule(config, config.learning_rate)
     graph, params = llama.create(SMALL, seed=0)
+    tx = pretrain.make_optimizer(config, schedule, params)
     step = training.make_train_step(graph, tx, schedule)
     tokens = np.random.default_rng(0).integers(0, 300, (4, 17))
     state, losses = training.new_state(params, tx), []

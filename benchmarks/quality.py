@@ -1,0 +1,401 @@
+"""Which optimizer learns most from the same tokens, and at what memory: the family, measured.
+
+    python -m benchmarks.quality            # CPU: a tiny LLaMA, 1,000 steps, three seeds; hours
+    python -m benchmarks.quality --quick    # minutes: whether everything runs
+    python -m benchmarks.quality --gpu      # LLaMA-60M, 1,000 steps of 131,072 tokens
+
+Every method trains the LLaMA of `examples.pretrain` on the source of the Python standard library
+with the same first weights and the same batches, seed by seed. The methods differ in what they
+do with the kernels of the blocks; embeddings, head and norms are AdamW's in all of them, at one
+learning rate that was picked with AdamW. The learning rate of the kernels is picked for each
+method by the validation loss of shorter runs: from a first guess up and down by factors of two,
+until the best has a worse one on either side.
+
+Runs lie in a folder of their own and are not taken twice; one that was cut off goes on from its
+last checkpoint. So call it again after an interruption, or with `--methods` for some rows; rows
+in the table are those whose runs are there.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import jax
+import matplotlib.figure
+import optax
+
+from benchmarks import report
+from examples import config as config_lib
+from examples import llama, low_rank, pretrain, training
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table: flags of `examples.pretrain`, and a first guess at its rate."""
+
+    flags: tuple[str, ...]
+    rate: float
+    color: str = "tab:gray"
+
+
+def _galore(*flags: str, rate: float = 8e-3, color: str = "tab:green") -> Method:
+    return Method(("--optimizer", "galore_adamw", *flags), rate, color)
+
+
+METHODS = {
+    "AdamW": Method(("--optimizer", "adamw"), 1e-3, "black"),
+    "Muon": Method(("--optimizer", "muon"), 0.02, "tab:red"),
+    "GaLore": _galore(),
+    "GaLore, rotated moments": _galore("--moments", "rotate"),
+    "GaLore, lazy refresh": _galore("--refresh", "lazy"),
+    "GoLore": _galore("--random-from", "80%"),
+    "optax.contrib.galore": Method(("--optimizer", "optax_galore"), 8e-3, "tab:olive"),
+    "FRUGAL": Method(("--optimizer", "frugal"), 4e-3, "tab:cyan"),
+    "Fira": Method(("--optimizer", "fira"), 8e-3, "tab:blue"),
+    "APOLLO": Method(("--optimizer", "apollo"), 4e-3, "tab:purple"),
+    "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 1e-3, "tab:pink"),
+    "LDAdam": Method(("--optimizer", "ldadam"), 2e-3, "tab:brown"),
+    "SCALE": Method(("--optimizer", "scale_sgd"), 1e-3, "tab:gray"),
+    "galore_muon": Method(("--optimizer", "galore_muon"), 0.02, "tab:orange"),
+    "LoRA": Method(("--optimizer", "adamw", "--weights", "lora"), 4e-3, "silver"),
+    "ReLoRA": Method(("--optimizer", "adamw", "--weights", "relora"), 4e-3, "silver"),
+    "low rank": Method(("--optimizer", "adamw", "--weights", "low_rank"), 4e-3, "silver"),
+    "low rank, refactored": Method(
+        ("--optimizer", "adamw", "--weights", "refactored"), 4e-3, "silver"
+    ),
+}
+# Of other authors, or as they are: what the family is measured against.
+BASELINES = ("AdamW", "Muon")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much is trained."""
+
+    flags: tuple[str, ...]
+    steps: int
+    tuning_steps: int
+    tuning_seed: int  # not one of those of the table
+    seeds: tuple[int, ...]
+    embedding_rate: float
+    methods: tuple[str, ...] = tuple(METHODS)
+    reach: int = 4  # how many factors of two a rate may be from the first guess
+
+
+_TINY = ("--model", "tiny", "--vocab-size", "257")
+_SHORT_TESTS = ("--eval-batches", "16", "--last-eval-batches")
+BUDGETS = {
+    "quick": Budget(
+        (*_TINY, "--seq-len", "32", "--batch-size", "2", *_SHORT_TESTS, "2"),
+        steps=8, tuning_steps=4, tuning_seed=100, seeds=(0,), embedding_rate=16e-3, reach=0,
+    ),
+    "cpu": Budget(
+        (*_TINY, "--seq-len", "128", "--batch-size", "8", *_SHORT_TESTS, "128"),
+        steps=1000, tuning_steps=250, tuning_seed=100, seeds=(0, 1, 2), embedding_rate=16e-3,
+    ),
+    "gpu": Budget(
+        ("--model", "60m", "--dtype", "bfloat16", "--accumulate", "1", *_SHORT_TESTS, "16"),
+        steps=1000, tuning_steps=250, tuning_seed=100, seeds=(0,), embedding_rate=4e-3,
+        methods=("AdamW", "GaLore", "Muon", "galore_muon", "Fira"), reach=2,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    method: str
+    rate: float
+    steps: int
+    seed: int
+
+    def flags(self, budget: Budget) -> list[str]:
+        """Its command line, without the folder."""
+        late = str(int(0.8 * self.steps))
+        own = [late if f == "80%" else f for f in METHODS[self.method].flags]
+        flags = {
+            "--steps": self.steps,
+            "--seed": self.seed,
+            "--learning-rate": self.rate,
+            "--embedding-learning-rate": budget.embedding_rate,
+        }
+        if self.method == "SCALE":  # has rules of its own for embeddings and head
+            del flags["--embedding-learning-rate"]
+        return [*budget.flags, *own, *(str(x) for item in flags.items() for x in item)]
+
+    def folder(self, budget: Budget, root: pathlib.Path) -> pathlib.Path:
+        """Where it lies; another setting is another folder."""
+        digest = zlib.crc32(" ".join(self.flags(budget)).encode())
+        name = "".join(c if c.isalnum() else "_" for c in self.method)
+        return root / f"{name}-{self.rate:.3g}-{self.steps}-{self.seed}-{digest:08x}"
+
+
+def rows(folder: pathlib.Path) -> list[dict]:
+    """The metrics of a run that is done; nothing for others."""
+    if not (folder / "summary.json").exists():
+        return []
+    if json.loads((folder / "summary.json").read_text()).get("diverged"):
+        return [{"val_loss": math.inf}]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "val_loss" in row]
+
+
+def train(run: Run, budget: Budget, root: pathlib.Path, cores: set[int] | None) -> float:
+    """Do the run, or what is left of it; its final validation loss, infinite if it diverged."""
+    folder = run.folder(budget, root)
+    if not rows(folder):
+        command = [sys.executable, "-m", "examples.pretrain"]
+        if (folder / "checkpoints").exists() and any((folder / "checkpoints").glob("[0-9]*")):
+            command += ["--resume", str(folder)]
+        else:
+            (folder / "config.json").unlink(missing_ok=True)
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            command += [*run.flags(budget), "--sample-tokens", "0", "--run-dir", str(folder)]
+        folder.mkdir(parents=True, exist_ok=True)
+        pinned = None if cores is None else lambda: os.sched_setaffinity(0, cores)
+        with (folder / "log.txt").open("a") as log:
+            done = subprocess.run(command, stdout=log, stderr=log, preexec_fn=pinned)
+        if done.returncode and "The loss is nan" in (folder / "log.txt").read_text():
+            (folder / "summary.json").write_text(json.dumps({"diverged": True}))
+        elif done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: see {folder / 'log.txt'}")
+    return rows(folder)[-1]["val_loss"]
+
+
+def tune(train_at, first: float, reach: int) -> dict[float, float]:
+    """Losses by learning rate, up and down from the first until the best is inside."""
+    found = {0: train_at(first)}
+    while True:
+        best = min(found, key=lambda k: found[k])
+        missing = [k for k in (best - 1, best + 1) if k not in found and abs(k) <= reach]
+        if not missing:
+            return {first * 2.0**k: loss for k, loss in sorted(found.items())}
+        found[missing[0]] = train_at(first * 2.0 ** missing[0])
+
+
+def state_bytes(run: Run, budget: Budget) -> dict[str, int]:
+    """Bytes of weights and optimizer state, and of the part that belongs to the kernels."""
+    config = config_lib.parse(run.flags(budget))
+
+    def init():
+        _, params = llama.create(pretrain.model_config(config), 0)
+        return low_rank.factorise(config.weights, params, config.rank, jax.random.key(0))
+
+    params = jax.eval_shape(init)
+    schedule = optax.constant_schedule(run.rate)
+    tx = pretrain.make_optimizer(config, schedule, params)
+    state = jax.eval_shape(tx.init, params)
+
+    def size(tree, kernels_only=False):
+        return sum(
+            x.size * x.dtype.itemsize
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+            if not kernels_only or ("kernel" in jax.tree_util.keystr(path)
+            and "lm_head" not in jax.tree_util.keystr(path))
+        )  # fmt: skip
+
+    return {
+        "weights": size(params),
+        "state": size(state),
+        "state_of_kernels": size(state, kernels_only=True),
+    }
+
+
+def measure_speed(runs: dict[str, Run], budget: Budget, rounds: int, steps: int) -> dict:
+    """Tokens a second: blocks of steps of all methods in turns, refreshes among them."""
+    work = {}
+    for name, run in runs.items():
+        config = config_lib.parse(run.flags(budget))
+        graph, params = llama.create(pretrain.model_config(config), 0)
+        params = low_rank.factorise(config.weights, params, config.rank, jax.random.key(0))
+        schedule = pretrain.learning_rate_schedule(config, config.learning_rate)
+        tx = pretrain.make_optimizer(config, schedule, params)
+        step = training.make_train_step(graph, tx, schedule, config.accumulate)
+        tokens = jax.random.randint(
+            jax.random.key(0), (config.batch_size, config.seq_len + 1), 0, config.vocab_size
+        )
+        state, _ = step(training.new_state(params, tx), tokens)  # compiles, and refreshes
+        work[name] = [step, jax.block_until_ready(state), tokens]
+    seconds = dict.fromkeys(work, 0.0)
+    for _ in range(rounds):
+        for name, item in work.items():
+            step, state, tokens = item
+            start = time.perf_counter()
+            for _ in range(steps):
+                state, _ = step(state, tokens)
+            jax.block_until_ready(state)
+            seconds[name] += time.perf_counter() - start
+            item[1] = state
+    tokens = {name: item[2][:, 1:].size for name, item in work.items()}
+    return {name: rounds * steps * tokens[name] / s for name, s in seconds.items()}
+
+
+def collect(budget: Budget, root: pathlib.Path, rates: dict[str, dict[float, float]]) -> dict:
+    """The table's rows, of the methods whose runs are all there."""
+    table = {}
+    for name, losses_by_rate in rates.items():
+        rate = min(losses_by_rate, key=lambda r: losses_by_rate[r])
+        runs = [Run(name, rate, budget.steps, seed) for seed in budget.seeds]
+        found = [rows(run.folder(budget, root)) for run in runs]
+        if not all(found):
+            continue
+        losses = [x[-1]["val_loss"] for x in found]
+        perplexities = [math.exp(x) for x in losses]
+        table[name] = {
+            "learning_rate": rate,
+            "tuning_losses": {f"{r:.4g}": x for r, x in losses_by_rate.items()},
+            "losses": losses,
+            "loss": statistics.mean(losses),
+            "perplexity": statistics.mean(perplexities),
+            "perplexity_spread": max(perplexities) - min(perplexities),
+            **state_bytes(runs[0], budget),
+            "validation": [[(x["step"], x["val_loss"]) for x in curve] for curve in found],
+            "flags": " ".join(runs[0].flags(budget)),
+        }
+    return table
+
+
+def verdicts(table: dict) -> dict:
+    """What the table says about the family, in shares of the way from AdamW to Muon."""
+    if not set(BASELINES) <= table.keys():
+        return {}
+    adamw, muon = (table[name] for name in BASELINES)
+    way = adamw["loss"] - muon["loss"]
+    return {
+        name: {
+            "way_from_adamw_to_muon": (adamw["loss"] - row["loss"]) / way,
+            "below_adamw_in_every_seed": all(
+                a > b for a, b in zip(adamw["losses"], row["losses"], strict=True)
+            ),
+            "state_over_adamw": row["state_of_kernels"] / adamw["state_of_kernels"],
+        }
+        for name, row in table.items()
+    }
+
+
+def draw(table: dict, out: pathlib.Path, name: str) -> None:
+    """Loss curves, and perplexity against memory."""
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="validation loss (nats per byte)")
+    for method, row in sorted(table.items(), key=lambda item: item[1]["loss"]):
+        curves = [dict(map(tuple, c)) for c in row["validation"]]
+        steps = sorted(set.intersection(*map(set, curves)))
+        mean = [statistics.mean(c[s] for c in curves) for s in steps]
+        style = "--" if METHODS[method].color == "silver" else "-"
+        axes.plot(steps, mean, style, color=METHODS[method].color, label=method, linewidth=1.4)
+    axes.legend(fontsize=7, ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(out / f"{name}_curves.png", dpi=120)
+
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="weights and optimizer state (MB)", ylabel="validation perplexity", axisbelow=True
+    )
+    for method, row in table.items():
+        x = (row["weights"] + row["state"]) / 1e6
+        low = math.exp(min(row["losses"]))
+        high = math.exp(max(row["losses"]))
+        y = row["perplexity"]
+        axes.errorbar(
+            x, y, [[y - low], [high - y]], fmt="o", color=METHODS[method].color, capsize=2
+        )
+        axes.annotate(method, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.savefig(out / f"{name}_memory.png", dpi=120)
+
+
+def show(table: dict) -> None:
+    """Print the rows, the best first."""
+    judged = verdicts(table)
+    head = ["method", "rate", "loss", "perplexity", "spread", "state MB", "of kernels", "way"]
+    lines = []
+    for name, row in sorted(table.items(), key=lambda item: item[1]["loss"]):
+        way = judged.get(name, {}).get("way_from_adamw_to_muon", math.nan)
+        lines.append(
+            [
+                *(name, row["learning_rate"], row["loss"]),
+                *(row["perplexity"], row["perplexity_spread"]),
+                *(row["state"] / 1e6, row["state_of_kernels"] / 1e6),
+                *(f"{way:.0%}", row.get("speed", "")),
+            ]
+        )
+    report.table([*head, "tokens/s"], lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--quick", action="store_const", const="quick", dest="budget")
+    budgets.add_argument("--gpu", action="store_const", const="gpu", dest="budget")
+    parser.set_defaults(budget="cpu")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/quality"))
+    parser.add_argument("--speed-rounds", type=int, default=5, help="of 10 steps; 0: not measured")
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
+    args = parser.parse_args(argv)
+    budget = BUDGETS[args.budget]
+    root = args.runs / args.budget
+
+    # Each training at a time has its share of the cores.
+    shares: queue.Queue[set[int] | None] = queue.Queue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for i in range(args.jobs):
+        shares.put(set(cores[i :: args.jobs]) or None if args.jobs > 1 else None)
+    printing = threading.Lock()
+
+    def do(run: Run) -> float:
+        if args.report_only and not rows(run.folder(budget, root)):
+            return math.inf
+        share = shares.get()
+        try:
+            loss = train(run, budget, root, share)
+        finally:
+            shares.put(share)
+        with printing:
+            print(f"{run.method}, {run.rate:.4g}, {run.steps} steps, seed {run.seed}: {loss:.4f}",
+                  flush=True)  # fmt: skip
+        return loss
+
+    def rates_of(name: str) -> dict[float, float]:
+        def at(rate):
+            return do(Run(name, rate, budget.tuning_steps, budget.tuning_seed))
+
+        return tune(at, METHODS[name].rate, budget.reach)
+
+    def whole_row(name: str) -> dict[float, float]:
+        rates = rates_of(name)
+        best = min(rates, key=lambda r: rates[r])
+        for seed in budget.seeds:
+            do(Run(name, best, budget.steps, seed))
+        return rates
+
+    wanted = args.methods or budget.methods
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        rates = dict(zip(wanted, pool.map(whole_row, wanted), strict=True))
+    table = collect(budget, root, rates)
+    if args.speed_rounds and table:
+        runs = {n: Run(n, row["learning_rate"], budget.steps, 0) for n, row in table.items()}
+        for name, speed in measure_speed(runs, budget, args.speed_rounds, 10).items():
+            table[name]["speed"] = speed
+    show(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = "quality" if args.budget == "cpu" else f"quality_{args.budget}"
+    draw(table, args.out, name)
+    result = {"budget": dataclasses.asdict(budget), "methods": table, "verdicts": verdicts(table)}
+    report.write(name, result, ("jax", "jaxlib", "optax", "flax"), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The family's members, each by a function that makes it."""
+
+import optax
+
+import galore_jax
+
+RATE = 1e-2
+
+
+def galore_with(**fixed):
+    def make(**options):
+        return galore_jax.galore_adamw(RATE, weight_decay=0.1, **fixed, **options)
+
+    return make
+
+
+def frugal(**options):
+    return galore_jax.galore(
+        optax.adamw(RATE, weight_decay=0.1), residual=optax.sign_sgd(RATE), **options
+    )
+
+
+def without_gap(make):
+    def made(update_proj_gap=None, **options):
+        return make(RATE, weight_decay=0.1, **options)
+
+    return made
+
+
+def with_decay(make, **fixed):
+    def made(**options):
+        return make(RATE, weight_decay=0.1, **fixed, **options)
+
+    return made
+
+
+def mini(rank=None, **options):
+    return galore_jax.apollo_mini(RATE, weight_decay=0.1, **options)
+
+
+# Those that need no more than the projected gradient, and those that need all of it.
+IN_SUBSPACE = {
+    "lazy": galore_with(refresh="lazy"),
+    "lazy, staggered, reset": galore_with(refresh="lazy", stagger=True, moments="reset"),
+    "golore": galore_with(method={0: "svd", 6: "random"}),
+}
+FULL = {
+    "frugal": frugal,
+    "fira": with_decay(galore_jax.fira),
+    "apollo": with_decay(galore_jax.apollo),
+    "apollo, svd": with_decay(galore_jax.apollo, method="svd"),
+    "apollo_mini": mini,
+    "ldadam": without_gap(galore_jax.ldadam),
+    "galore_muon": with_decay(galore_jax.galore_muon),
+}
+MEMBERS = IN_SUBSPACE | FULL

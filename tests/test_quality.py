@@ -1,0 +1,105 @@
+"""The quality benchmark's own logic: picking rates, going on, judging; and one quick run."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks import quality
+from examples import pretrain
+
+
+def test_a_rate_is_picked_where_both_neighbours_are_worse():
+    asked = []
+
+    def loss(rate):
+        asked.append(rate)
+        return abs(math.log2(rate / 8))
+
+    found = quality.tune(loss, 1.0, reach=5)
+    assert min(found, key=found.get) == 8
+    assert sorted(found) == [0.5, 1, 2, 4, 8, 16]
+    assert len(asked) == len(set(asked))
+
+
+def test_the_search_ends_at_its_reach():
+    assert sorted(quality.tune(lambda r: -r, 1.0, reach=2)) == [0.5, 1, 2, 4]
+    assert quality.tune(lambda r: r, 3.0, reach=0) == {3.0: 3.0}
+    diverging = quality.tune(lambda r: math.inf if r > 1 else 1 - r, 1.0, reach=3)
+    assert min(diverging, key=diverging.get) == 1
+
+
+def row(*losses, state=10):
+    return {"losses": losses, "loss": sum(losses) / len(losses), "state_of_kernels": state}
+
+
+def test_the_way_from_adamw_to_muon():
+    table = {"AdamW": row(2.0, 2.2), "Muon": row(1.8, 1.8), "ours": row(1.9, 2.1, state=5)}
+    judged = quality.verdicts(table)
+    assert judged["ours"]["way_from_adamw_to_muon"] == pytest.approx(1 / 3)
+    assert judged["ours"]["below_adamw_in_every_seed"]
+    assert judged["ours"]["state_over_adamw"] == 0.5
+    assert judged["Muon"]["way_from_adamw_to_muon"] == pytest.approx(1)
+    assert not judged["AdamW"]["below_adamw_in_every_seed"]
+    assert quality.verdicts({"AdamW": row(2.0)}) == {}
+
+
+def test_bytes_are_those_of_the_formulas():
+    budget = quality.BUDGETS["cpu"]
+    sizes = {
+        name: quality.state_bytes(quality.Run(name, 0.01, 1000, 0), budget)
+        for name in ("AdamW", "Muon", "GaLore", "APOLLO", "galore_muon", "LoRA")
+    }
+    # The blocks' kernels: four 128 x 128, two 128 x 352, one 352 x 128, in four layers.
+    kernels = 4 * (4 * 128 * 128 + 3 * 128 * 352)
+    r, sides = 32, [(128, 128)] * 4 + [(128, 352)] * 3
+    low = 4 * sum(r * n for _, n in sides)
+    bases = 4 * sum(r * m for m, _ in sides)
+    assert sizes["AdamW"]["state_of_kernels"] == 4 * 2 * kernels
+    assert sizes["Muon"]["state_of_kernels"] == 4 * kernels
+    assert sizes["GaLore"]["state_of_kernels"] == 4 * (2 * low + bases)
+    assert sizes["APOLLO"]["state_of_kernels"] == 4 * (2 * low + 4 * 7)
+    assert sizes["galore_muon"]["state_of_kernels"] == 4 * (low + bases)
+    assert sizes["LoRA"]["weights"] == sizes["AdamW"]["weights"] + 4 * (low + bases)
+    # Embedding, head and norms are AdamW's everywhere.
+    rest = {s["state"] - s["state_of_kernels"] for s in sizes.values()}
+    assert max(rest) - min(rest) < 64
+
+
+def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_taken_again(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    budget, root = quality.BUDGETS["quick"], tmp_path / "runs" / "quick"
+    run = quality.Run("AdamW", 2e-3, budget.steps, 0)
+    folder = run.folder(budget, root)
+    # A run that stops after step 4 of 8, as one that was killed behind a checkpoint.
+    flags = [*run.flags(budget), "--sample-tokens", "0", "--run-dir", str(folder)]
+    assert pretrain.main([*flags, "--stop-at", "4"]) == 0
+    (folder / "summary.json").unlink()
+
+    few = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--jobs", "2"]
+    quality.main([*few, "--methods", "AdamW", "Muon", "--speed-rounds", "1"])
+    steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+    assert "from step" not in (folder / "log.txt").read_text()
+    found = json.loads((tmp_path / "quality_quick.json").read_text())
+    assert found["methods"].keys() == {"AdamW", "Muon"}
+    for line in found["methods"].values():
+        assert line["speed"] > 0 and math.isfinite(line["loss"]) and line["state"] > 0
+    assert found["verdicts"]["Muon"]["way_from_adamw_to_muon"] == pytest.approx(1)
+    for picture in ("quality_quick_curves.png", "quality_quick_memory.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+    def not_again(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(quality.subprocess, "run", not_again)
+    quality.main([*few, "--methods", "AdamW", "Muon", "--speed-rounds", "0"])
+
+
+def test_a_method_that_fails_is_named(tmp_path):
+    budget = quality.BUDGETS["quick"]
+    run = quality.Run("AdamW", -1.0, budget.steps, 0)
+    with pytest.raises(RuntimeError, match=r"pretrain.*failed: see .*log\.txt"):
+        quality.train(run, budget, tmp_path, None)
