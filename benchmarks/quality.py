@@ -8,8 +8,9 @@ Every method trains the LLaMA of `examples.pretrain` on the source of the Python
 with the same first weights and the same batches, seed by seed. The methods differ in what they
 do with the kernels of the blocks; embeddings, head and norms are AdamW's in all of them, at one
 learning rate that was picked with AdamW. The learning rate of the kernels is picked for each
-method by the validation loss of shorter runs: from a first guess up and down by factors of two,
-until the best has a worse one on either side.
+method by the validation loss of runs of half the length with another seed: from a first guess up
+and down by factors of two, until the best has a worse one on either side. Variants of GaLore take
+GaLore's.
 
 Runs lie in a folder of their own and are not taken twice; one that was cut off goes on from its
 last checkpoint. So call it again after an interruption, or with `--methods` for some rows; rows
@@ -46,19 +47,20 @@ class Method:
     flags: tuple[str, ...]
     rate: float
     color: str = "tab:gray"
+    rate_of: str | None = None  # the method whose rate it takes, being a variant of it
 
 
-def _galore(*flags: str, rate: float = 8e-3, color: str = "tab:green") -> Method:
-    return Method(("--optimizer", "galore_adamw", *flags), rate, color)
+def _variant(*flags: str) -> Method:
+    return Method(("--optimizer", "galore_adamw", *flags), 8e-3, "tab:green", "GaLore")
 
 
 METHODS = {
     "AdamW": Method(("--optimizer", "adamw"), 1e-3, "black"),
     "Muon": Method(("--optimizer", "muon"), 0.02, "tab:red"),
-    "GaLore": _galore(),
-    "GaLore, rotated moments": _galore("--moments", "rotate"),
-    "GaLore, lazy refresh": _galore("--refresh", "lazy"),
-    "GoLore": _galore("--random-from", "80%"),
+    "GaLore": Method(("--optimizer", "galore_adamw"), 8e-3, "tab:green"),
+    "GaLore, rotated moments": _variant("--moments", "rotate"),
+    "GaLore, lazy refresh": _variant("--refresh", "lazy"),
+    "GoLore": _variant("--random-from", "80%"),
     "optax.contrib.galore": Method(("--optimizer", "optax_galore"), 8e-3, "tab:olive"),
     "FRUGAL": Method(("--optimizer", "frugal"), 4e-3, "tab:cyan"),
     "Fira": Method(("--optimizer", "fira"), 8e-3, "tab:blue"),
@@ -97,11 +99,11 @@ _SHORT_TESTS = ("--eval-batches", "16", "--last-eval-batches")
 BUDGETS = {
     "quick": Budget(
         (*_TINY, "--seq-len", "32", "--batch-size", "2", *_SHORT_TESTS, "2"),
-        steps=8, tuning_steps=4, tuning_seed=100, seeds=(0,), embedding_rate=16e-3, reach=0,
+        steps=8, tuning_steps=4, tuning_seed=100, seeds=(0,), embedding_rate=32e-3, reach=0,
     ),
     "cpu": Budget(
         (*_TINY, "--seq-len", "128", "--batch-size", "8", *_SHORT_TESTS, "128"),
-        steps=1000, tuning_steps=250, tuning_seed=100, seeds=(0, 1, 2), embedding_rate=16e-3,
+        steps=1000, tuning_steps=500, tuning_seed=100, seeds=(0, 1, 2), embedding_rate=32e-3,
     ),
     "gpu": Budget(
         ("--model", "60m", "--dtype", "bfloat16", "--accumulate", "1", *_SHORT_TESTS, "16"),
@@ -369,6 +371,8 @@ def main(argv: list[str] | None = None) -> None:
         return loss
 
     def rates_of(name: str) -> dict[float, float]:
+        name = METHODS[name].rate_of or name
+
         def at(rate):
             return do(Run(name, rate, budget.tuning_steps, budget.tuning_seed))
 

@@ -90,12 +90,20 @@ def random(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Array:
     return _orthonormal(jax.random.normal(key(), (a.shape[0], rank), a.dtype))
 
 
+def coordinates(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Array:
+    """Random coordinate directions: the subspace of some rows; the gradient is not looked at."""
+    del previous
+    rows = jnp.sort(jax.random.permutation(key(), a.shape[0])[:rank])
+    return jax.nn.one_hot(rows, a.shape[0], axis=0, dtype=a.dtype)
+
+
 METHODS: dict[str, Method] = {
     "svd": svd,
     "eigh": eigh,
     "randomized": randomized,
     "subspace": subspace,
     "random": random,
+    "coordinates": coordinates,
 }
 
 

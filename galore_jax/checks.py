@@ -13,7 +13,7 @@ import optax
 
 from galore_jax.leaf import Leaf, Plan, Sites
 from galore_jax.lowrank import is_projected
-from galore_jax.projection import QUANTISED, Storage, stored_shapes
+from galore_jax.projection import INDICES, QUANTISED, Storage, stored_shapes
 from galore_jax.quantize import Encoded
 
 PROJECTOR_DTYPES = ("float32", "bfloat16", *QUANTISED)
@@ -116,6 +116,18 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def indices(projector_dtype: Any, proj_type: str) -> Storage:
+    """How to store coordinate directions; raise for options that make no sense with them."""
+    if projector_dtype is not None:
+        raise ValueError(
+            "method='coordinates' stores which rows it takes, so projector_dtype has no meaning, "
+            f"got {projector_dtype!r}; leave it out"
+        )
+    if proj_type == "full":
+        raise ValueError("method='coordinates' projects one side, not proj_type='full'")
+    return INDICES
 
 
 def projector_storage(dtype: Any) -> Storage:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.leaf import Leaf
-from galore_jax.projection import Stored, lift
+from galore_jax.projection import INDICES, Stored, lift, load
 from galore_jax.quantize import Encoded
 
 # A new projector rides along with the gradient that it projects. Scaled down to this it adds
@@ -130,6 +130,8 @@ def factored(leaf: Leaf, p: Stored, low_rank: jax.Array, decay: Any, dtype: Any)
         # Bytes of two 4-bit codes go up to 255, beyond the whole numbers of bfloat16.
         wide = jnp.float32 if p.codes.dtype == jnp.uint8 else jnp.bfloat16
         p = Encoded(p.codes.astype(wide), p.scales)
+    elif p.dtype == INDICES:
+        p = load(leaf, p)  # which a scaling may scale
     return Factored(p, low_rank, decay, jnp.ones([], leaf.dtype), leaf, dtype)
 
 

@@ -1,7 +1,8 @@
 """Into the subspace and back: R = P^T G (or G P, or P^T G Q), and its transpose.
 
-A projector is stored as an array, or as codes and scales (`quantize.Encoded`); `load` gives
-the basis that every product uses, so what is projected and what is lifted agree.
+A projector is stored as an array, as codes and scales (`quantize.Encoded`) or, of coordinate
+directions, as indices; `load` gives the basis that every product uses, so what is projected and
+what is lifted agree.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from galore_jax.quantize import INT4, INT8, Encoded, Format, decode, encode, spe
 
 QUANTISED = {"int8": INT8, "int4": INT4}
 
-Storage = Any  # a dtype, or a quantize.Format
+Storage = Any  # a dtype (an integer one for indices), or a quantize.Format
 Stored = jax.Array | Encoded
+INDICES = jnp.dtype(jnp.int32)  # shape=batch + (r,): which rows, for one-sided projections
 
 
 def default_projector(leaf: Leaf, storage: Storage) -> Stored:
@@ -33,6 +35,8 @@ def store(leaf: Leaf, p: jax.Array, storage: Storage) -> Stored:
     """Cast or quantise a projector of `leaf.projector_shape`."""
     if isinstance(storage, Format):
         return encode(p, storage, batch=len(leaf.batch))
+    if storage == INDICES:
+        return jnp.argmax(jnp.abs(p), axis=-2).astype(INDICES)
     return p.astype(storage)
 
 
@@ -40,6 +44,8 @@ def load(leaf: Leaf, stored: Stored) -> jax.Array:
     """The basis that a stored projector stands for, in the dtype of the arithmetic."""
     if isinstance(stored, Encoded):
         return decode(*stored, storage_of(stored), leaf.projector_shape, leaf.dtype)
+    if stored.dtype == INDICES:
+        return jax.nn.one_hot(stored, leaf.projector_shape[-2], axis=-2, dtype=leaf.dtype)
     return stored.astype(leaf.dtype)
 
 
@@ -54,6 +60,8 @@ def stored_shapes(leaf: Leaf, storage: Storage) -> tuple[tuple[int, ...], ...]:
     """Shapes of the arrays that hold a leaf's projector."""
     if isinstance(storage, Format):
         return tuple(x.shape for x in spec(leaf.projector_shape, storage, len(leaf.batch)))
+    if storage == INDICES:
+        return ((*leaf.batch, leaf.rank),)
     return (leaf.projector_shape,)
 
 
@@ -89,8 +97,10 @@ def bases(leaf: Leaf, stored: Stored) -> tuple[jax.Array | None, jax.Array | Non
 
 def project(leaf: Leaf, p: Stored, g: jax.Array) -> jax.Array:
     """Project a gradient of the leaf's shape, giving `leaf.low_rank_shape`."""
-    p_in, p_out = bases(leaf, p)
     r = leaf.to_matrix(g).astype(leaf.dtype)
+    if _are_indices(p):
+        return _take(leaf, r, p)
+    p_in, p_out = bases(leaf, p)
     if p_in is not None:
         r = contract(p_in, -2, r, -2)
     if p_out is not None:
@@ -100,13 +110,33 @@ def project(leaf: Leaf, p: Stored, g: jax.Array) -> jax.Array:
 
 def lift(leaf: Leaf, p: Stored, r: jax.Array) -> jax.Array:
     """Lift a low-rank update to the leaf's shape."""
-    p_in, p_out = bases(leaf, p)
     u = r.astype(leaf.dtype)
+    if _are_indices(p):
+        # Rows not among the indices come from one of zeros behind the others: a gather, which
+        # is faster than a scatter.
+        slots = jnp.arange(leaf.rank) - leaf.rank
+        hot = jax.nn.one_hot(p, leaf.projector_shape[-2], dtype=INDICES)
+        places = leaf.rank + jnp.sum(slots[:, None] * hot, axis=-2)
+        widths = [(0, 0)] * u.ndim
+        widths[-2 if leaf.side == "in" else -1] = (0, 1)
+        return leaf.from_matrix(_take(leaf, jnp.pad(u, widths), places))
+    p_in, p_out = bases(leaf, p)
     if p_out is not None:
         u = contract(u, -1, p_out, -1)
     if p_in is not None:
         u = contract(p_in, -1, u, -2)
     return leaf.from_matrix(u)
+
+
+def _are_indices(stored: Stored) -> bool:
+    return not isinstance(stored, Encoded) and stored.dtype == INDICES
+
+
+def _take(leaf: Leaf, x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of matrices where inputs are projected, columns where outputs are."""
+    if leaf.side == "in":
+        return jnp.take_along_axis(x, indices[..., :, None], axis=-2)
+    return jnp.take_along_axis(x, indices[..., None, :], axis=-1)
 
 
 def contract(a: jax.Array, axis_a: int, b: jax.Array, axis_b: int) -> jax.Array:

@@ -197,9 +197,10 @@ def galore(
         method: how a projector is computed: `randomized` (range finder with power iterations
             on the smaller Gram matrix; 0.999 and more of the SVD's captured energy), `svd`,
             `eigh` (the same subspace from the smaller Gram matrix), `subspace` (one block power
-            iteration from the last projector) or `random` (the gradient is not used). A schedule
-            is a dict by first step: `{0: "randomized", 8000: "random"}` takes random projectors
-            late in training, when noise prevails, as GoLore does.
+            iteration from the last projector), `random` or `coordinates` (the gradient is not
+            used; coordinate directions are r random rows of the matrix, or columns, and stored as
+            indices). A schedule is a dict by first step: `{0: "randomized", 8000: "random"}`
+            takes random projectors late in training, when noise prevails, as GoLore does.
         refresh: `fixed`, or `lazy`: a matrix whose subspace barely moved at a refresh (it shares
             more than 0.4 of the way from chance to equality with the last one) waits twice as
             long for the next, up to 16 T; when it moves again it is back at T.
@@ -267,6 +268,8 @@ def galore(
     methods = read_methods(method)
     checks.check_choice("moments", moments, moments_lib.POLICIES)
     storage = checks.projector_storage(projector_dtype)
+    if methods == read_methods("coordinates"):
+        storage = checks.indices(projector_dtype, proj_type)
 
     if inner is None:
         mark = _Mark(_no_inner, _no_inner)

@@ -93,7 +93,8 @@ def test_each_matrix_of_a_stack_for_itself():
     tx = galore_jax.galore_adamw(1e-3, refresh="lazy", **OPTIONS)
 
     def gradient(step):
-        return np.stack([low_rank_gradient(0, 40, 60), low_rank_gradient(step, 40, 60)])
+        still = low_rank_gradient(0, 40, 60) + 1e-3 * normal(step, 40, 60)
+        return np.stack([still, low_rank_gradient(step, 40, 60)])
 
     changed, _ = refreshes(tx, gradient, 24, (2, 40, 60))
     assert np.flatnonzero(changed[:, 0]).tolist() == [0, 3, 9, 21]

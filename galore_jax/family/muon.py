@@ -34,10 +34,10 @@ def galore_muon(
     *,
     rank: Rank,
     update_proj_gap: jax.typing.ArrayLike = 200,
-    method: str | Mapping[int, str] = "random",
+    method: str | Mapping[int, str] = "coordinates",
     refresh: str = "fixed",
     stagger: bool = False,
-    moments: str = "keep",
+    moments: str = "rotate",
     nesterov: bool = True,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: jax.typing.ArrayLike = 0.9,
@@ -59,13 +59,14 @@ def galore_muon(
 
     where NS is Newton-Schulz orthogonalisation. In the subspace M is Muon's (Nesterov) momentum,
     outside of it the present gradient, weighted so that its noise is as large as that of B, a sum
-    of gradients with weights :math:`\mu^k`. The update has full rank, the state has r: r (m + n)
-    numbers, P and B, where `galore_adamw` keeps r (m + 2 n) and Muon m n. Leaves that are not
+    of gradients with weights :math:`\mu^k`. The update has full rank, the state has r: r n
+    numbers, B, where `galore_adamw` keeps r (m + 2 n) and Muon m n. Leaves that are not
     projected take AdamW steps.
 
     Orthogonalised, all directions of a matrix count the same, so a subspace of the gradient's
-    largest ones is not worth more than another: a random one serves better, needs no
-    decomposition, and may stay for long.
+    largest ones is not worth more than another. A random one serves better, and random rows of
+    the matrix serve as well: they need no decomposition, no product with P, and no more memory
+    than their indices.
 
     Args:
         learning_rate: eta, a number or a schedule. As Muon's: around 0.02.

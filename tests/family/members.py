@@ -42,6 +42,7 @@ def mini(rank=None, **options):
 IN_SUBSPACE = {
     "lazy": galore_with(refresh="lazy"),
     "lazy, staggered, reset": galore_with(refresh="lazy", stagger=True, moments="reset"),
+    "coordinates": galore_with(method="coordinates", moments="rotate"),
     "golore": galore_with(method={0: "svd", 6: "random"}),
 }
 FULL = {
@@ -52,5 +53,6 @@ FULL = {
     "apollo_mini": mini,
     "ldadam": without_gap(galore_jax.ldadam),
     "galore_muon": with_decay(galore_jax.galore_muon),
+    "galore_muon, svd": with_decay(galore_jax.galore_muon, method="svd", refresh="lazy"),
 }
 MEMBERS = IN_SUBSPACE | FULL

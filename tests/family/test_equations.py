@@ -268,7 +268,14 @@ def newton_schulz(x):
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_galore_muon(nesterov):
     tx = galore_jax.galore_muon(
-        RATE, 0.9, DECAY, rank=RANK, update_proj_gap=GAP, method="svd", nesterov=nesterov
+        RATE,
+        0.9,
+        DECAY,
+        rank=RANK,
+        update_proj_gap=GAP,
+        method="svd",
+        moments="keep",
+        nesterov=nesterov,
     )
     params, states = run(tx)
     projectors = [galore_state(s).projector for s in states]
