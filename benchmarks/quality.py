@@ -50,8 +50,15 @@ class Method:
     rate_of: str | None = None  # the method whose rate it takes, being a variant of it
 
 
+_MUON = ("--optimizer", "galore_muon", "--update-proj-gap", "200")
+
+
 def _variant(*flags: str) -> Method:
     return Method(("--optimizer", "galore_adamw", *flags), 8e-3, "tab:green", "GaLore")
+
+
+def _muon_variant(*flags: str) -> Method:
+    return Method((*_MUON, *flags), 0.02, "tab:orange", "galore_muon")
 
 
 METHODS = {
@@ -68,7 +75,11 @@ METHODS = {
     "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 1e-3, "tab:pink"),
     "LDAdam": Method(("--optimizer", "ldadam"), 2e-3, "tab:brown"),
     "SCALE": Method(("--optimizer", "scale_sgd"), 1e-3, "tab:gray"),
-    "galore_muon": Method(("--optimizer", "galore_muon"), 0.02, "tab:orange"),
+    "galore_muon": Method(_MUON, 0.02, "tab:orange"),
+    "galore_muon, rank 64": _muon_variant("--rank", "64"),
+    "galore_muon, rank 8": _muon_variant("--rank", "8"),
+    "galore_muon, random directions": _muon_variant("--method", "random"),
+    "galore_muon, GaLore's subspace": _muon_variant("--method", "randomized"),
     "LoRA": Method(("--optimizer", "adamw", "--weights", "lora"), 4e-3, "silver"),
     "ReLoRA": Method(("--optimizer", "adamw", "--weights", "relora"), 4e-3, "silver"),
     "low rank": Method(("--optimizer", "adamw", "--weights", "low_rank"), 4e-3, "silver"),

@@ -69,7 +69,7 @@ class Config:
     """Multiplies the lifted updates."""
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     """Which side of a matrix is projected."""
-    method: Literal["svd", "eigh", "randomized", "subspace", "random"] | None = None
+    method: Literal["svd", "eigh", "randomized", "subspace", "random", "coordinates"] | None = None
     """How a projector is computed; by default the library's choice."""
     random_from: int | None = None
     """Step from which projectors are random (GoLore); by default none are."""

@@ -128,7 +128,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "galore_sgd": _galore(
         functools.partial(galore_jax.galore_sgd, momentum=0.9), 40.0, decays=False
     ),
-    "galore_muon": Optimizer(galore_jax.galore_muon, 1.0, ("rank", "update_proj_gap", "proj_type")),
+    "galore_muon": Optimizer(
+        galore_jax.galore_muon, 2.0, ("rank", "update_proj_gap", "proj_type", "method", "refresh")
+    ),
     "fira": _outside(galore_jax.fira, 1.0),
     "frugal": _outside(frugal, 1.0),
     "apollo": Optimizer(galore_jax.apollo, 0.25, _APOLLO),
@@ -146,7 +148,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "lion": Optimizer(optax.lion, 0.025),
     "lion8bit": Optimizer(galore_jax.lion8bit, 0.025),
     "sgd": Optimizer(functools.partial(optax.sgd, momentum=0.9), 10.0, decays=False),
-    "muon": Optimizer(muon, 1.0),
+    "muon": Optimizer(muon, 2.0),
 }
 
 
