@@ -46,8 +46,8 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
     def update_fn(updates, state, params=None, **extra_args):
         given = updates if params is None else params
-        updates, params = (None if x is None else jax.tree.map(wide, x) for x in (updates, params))
-        out, state = tx.update(updates, state, params, **extra_args)
+        params = None if params is None else jax.tree.map(wide, params)
+        out, state = tx.update(jax.tree.map(wide, updates), state, params, **extra_args)
         return jax.tree.map(lambda u, x: u.astype(jnp.result_type(x)), out, given), state
 
     def init_fn(params):

@@ -123,7 +123,7 @@ def methods(given: str | Mapping[int, str]) -> Methods:
     return tuple(sorted(by_step.items()))
 
 
-def at_step(methods: Methods, step: jax.typing.ArrayLike) -> Method:
+def at_step(methods: Methods, step: Any) -> Method:
     """The method in use at a step, which may be traced."""
     functions = [METHODS[name] for _, name in methods]
     if len(functions) == 1:

@@ -13,11 +13,13 @@ falls back when it moves again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from galore_jax.leaf import Leaf
+from galore_jax.leaf import Leaf, Sites
 from galore_jax.projection import Stored, bases, contract
 from galore_jax.refresh import Pause, Schedule, per_leaf
 
@@ -82,3 +84,15 @@ def next_pauses(
         )
         for pause, gap, turn, due in zip(pauses, gaps, turns, dues, strict=True)
     ]
+
+
+def pause_tree(where: Sites, pauses: list[Pause], like: optax.Params) -> Pause:
+    """The leaves' pauses as two trees like the parameters."""
+    return Pause(*(where.only([getattr(p, f) for p in pauses], like) for f in Pause._fields))
+
+
+def pauses_of(where: Sites, tree: Any) -> list[Pause] | None:
+    """Undo `pause_tree`; None where refreshes are not lazy."""
+    if not isinstance(tree, Pause):
+        return None
+    return [Pause(*x) for x in zip(*map(where.pick, tree), strict=True)]

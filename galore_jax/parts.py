@@ -15,10 +15,10 @@ import optax
 from jax.interpreters import partial_eval as pe
 
 from galore_jax.leaf import bare, owners
+from galore_jax.probes import probe_all
 from galore_jax.refresh import Layer, one_layer
 from galore_jax.rounding import apply_updates
 from galore_jax.specs import path_string
-from galore_jax.transform import probe_all
 
 Arrays = dict[int, Any]  # by position in a flattened tree
 

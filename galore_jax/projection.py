@@ -132,7 +132,7 @@ def _are_indices(stored: Stored) -> bool:
     return not isinstance(stored, Encoded) and stored.dtype == INDICES
 
 
-def _take(leaf: Leaf, x: jax.Array, indices: jax.Array) -> jax.Array:
+def _take(leaf: Leaf, x: jax.Array, indices: Any) -> jax.Array:
     """Rows of matrices where inputs are projected, columns where outputs are."""
     if leaf.side == "in":
         return jnp.take_along_axis(x, indices[..., :, None], axis=-2)

@@ -98,8 +98,8 @@ class Schedule(NamedTuple):
         """The part of the leaves at these positions."""
         numbers = np.split(np.arange(self.due.size), _cuts(_sizes(leaves)))
         some = np.concatenate([numbers[i] for i in at]) if at else np.zeros(0, int)
-        rows = (x[some] for x in (self.turn, self.due, self.age, self.layer))
-        return Schedule(*rows, self.any_due)
+        turn, due, age, layer = (x[some] for x in (self.turn, self.due, self.age, self.layer))
+        return Schedule(turn, due, age, layer, self.any_due)
 
     def without(self, leaves: Sequence[Leaf], fixed: Sequence[bool]) -> Schedule:
         """The schedule of a program that refreshes none of the leaves that are fixed."""

@@ -5,7 +5,7 @@ They see matrices, `batch + (m, n)`: the last two axes are the matrix, the other
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def outside_of(leaf: Leaf, p: Stored, g: jax.Array, low_rank: jax.Array | None =
     return leaf.to_matrix(g.astype(leaf.dtype) - lift(leaf, p, low_rank))
 
 
-def column_ratio(leaf: Leaf, new: jax.Array, old: jax.Array) -> jax.Array:
+def column_ratio(leaf: Leaf, new: Any, old: Any) -> jax.Array:
     """`|new_j| / |old_j|` of low-rank arrays, j the axis that is not projected.
 
     One number a column (inputs projected), a row (outputs) or, for a two-sided projection, a
@@ -80,8 +80,8 @@ def limit_norm_growth(gamma: jax.typing.ArrayLike = 1.01) -> optax.GradientTrans
 def scale_by_column_ratio() -> optax.GradientTransformationExtraArgs:
     """Multiply by the extra argument `column_ratio`, which `galore` gives its residual."""
 
-    def update_fn(updates, state, params=None, *, column_ratio, **extra_args):
-        del params, extra_args
-        return jax.tree.map(jnp.multiply, updates, column_ratio), state
+    def update_fn(updates, state, params=None, **extra_args):
+        del params
+        return jax.tree.map(jnp.multiply, updates, extra_args["column_ratio"]), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

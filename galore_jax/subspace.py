@@ -16,12 +16,13 @@ from jax.interpreters import partial_eval as pe
 from galore_jax import checks
 from galore_jax.leaf import Leaf, bare
 from galore_jax.lowrank import LIGHT, Projected
+from galore_jax.probes import Probe, probe_all
 from galore_jax.projection import Stored, load, storage_of, store
 from galore_jax.quantize import Encoded
 from galore_jax.refresh import Pause, per_leaf, schedule
 from galore_jax.specs import path_string
 from galore_jax.tap import Kernel, Rule, Slots, Tapped, Turn
-from galore_jax.transform import GaLoreState, Probe, probe_all
+from galore_jax.transform import GaLoreState
 from galore_jax.uses import most_uses
 
 

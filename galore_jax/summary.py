@@ -14,8 +14,9 @@ import optax
 
 from galore_jax.checks import check_projectors
 from galore_jax.leaf import Leaf, owners, sites
+from galore_jax.probes import Probe, Record, probe_all, recording
 from galore_jax.projection import from_tree
-from galore_jax.transform import GaLoreState, Record, recording
+from galore_jax.transform import GaLoreState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def summary(
     keep without GaLore. It computes shapes alone, so a 7B model can be summarised on a laptop.
 
     Then an estimate of what a training step holds, for gradients in full (`jax.value_and_grad`),
-    in the subspace (`galore_jax.value_and_grad`) and layer by layer
+    in the subspace (`galore_jax.value_and_grad`, where the optimizer allows it) and layer by layer
     (`galore_jax.value_and_update`, one layer's gradient at a time): weights, gradients,
     optimizer state and, with `loss_fn`, what the forward pass keeps for the backward pass. What
     a compiler adds for its work is not in it; `benchmarks/memory.py` sets both side by side.
@@ -147,7 +148,16 @@ def summary(
     fields = ("weights", "projector", "inner_state", "without_galore")
     sums = {f: sum(getattr(r, f) for r in rows) for f in fields}
     total = Row("total", None, "", None, **sums)
-    return Summary(tuple(rows), total, _steps(rows, plans, state, params, loss_fn, args))
+    steps = _steps(rows, plans, state, params, loss_fn, args)
+    if _needs_full_gradients(tx, params, state):
+        steps = tuple(step for step in steps if step.tier != "subspace")
+    return Summary(tuple(rows), total, steps)
+
+
+def _needs_full_gradients(tx, params, state) -> bool:
+    probes: list[Probe] = []
+    jax.eval_shape(lambda p, s: probes.extend(probe_all(tx, p, s)), params, state)
+    return any(probe.needs for probe in probes)
 
 
 def _steps(rows, leaves: list[Leaf], state, params, loss_fn, args) -> tuple[Step, ...]:
@@ -202,7 +212,8 @@ def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
                 without_galore=full.get(i, 0),
             )
         )
-    return rows, rest + _nbytes(state.count), rest_full
+    rest += sum(map(_nbytes, jax.tree.leaves((state.count, state.residual_state, state.pauses))))
+    return rows, rest, rest_full
 
 
 def _state_bytes(init: Any, state: Any, params: Any) -> tuple[dict[int, int], int]:

@@ -6,10 +6,8 @@ https://arxiv.org/abs/2403.03507.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -22,9 +20,10 @@ from galore_jax import moments as moments_lib
 from galore_jax.basis import Methods
 from galore_jax.basis import methods as read_methods
 from galore_jax.decay import reads_params, split_affine
-from galore_jax.lazy import next_pauses, unpaused
-from galore_jax.leaf import DEFAULT_EXCLUDE, Leaf, Plan, Rank, Sites, bare
+from galore_jax.lazy import next_pauses, pause_tree, pauses_of, unpaused
+from galore_jax.leaf import DEFAULT_EXCLUDE, Leaf, Rank, Sites, bare
 from galore_jax.lowrank import Factored, factored, is_projected, wide
+from galore_jax.probes import Probe, Record, probing, recorded
 from galore_jax.projection import (
     default_projector,
     from_tree,
@@ -35,7 +34,7 @@ from galore_jax.projection import (
     store,
     to_tree,
 )
-from galore_jax.refresh import Pause, Schedule, in_multi_steps, schedule
+from galore_jax.refresh import Schedule, in_multi_steps, schedule
 from galore_jax.refresh import refresh as refresh_projectors
 from galore_jax.residual import column_ratio, outside_of
 
@@ -73,64 +72,6 @@ class _Mark(optax.GradientTransformationExtraArgs):
     """A `galore` without an inner optimizer: `galore_jax.chain` wraps what follows it."""
 
     around: Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]
-
-
-class Record(NamedTuple):
-    """What an `init` of `galore` decided, for `summary`."""
-
-    plan: Plan
-    params: optax.Params
-    inner: optax.GradientTransformation
-    storage: Any  # of projectors, None for each leaf's dtype
-
-
-class Probe(NamedTuple):
-    """What an `update` of `galore` would do, for the tiers that refresh before it."""
-
-    leaves: tuple[Leaf, ...]
-    update_proj_gap: Any
-    stagger: bool
-    methods: Methods
-    in_multi_steps: bool = False  # which then takes full gradients
-    needs: str | None = None  # what needs full gradients, if anything does
-
-
-_probes: contextvars.ContextVar[list[Probe] | None] = contextvars.ContextVar(
-    "galore_jax_probes", default=None
-)
-_records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar(
-    "galore_jax_records", default=None
-)
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Record]]:
-    """Collect the decisions of every `galore` that is initialised within."""
-    records: list[Record] = []
-    token = _records.set(records)
-    try:
-        yield records
-    finally:
-        _records.reset(token)
-
-
-def probe_all(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[Probe]:
-    """The settings of every `galore` in an optimizer, at this state; nothing is computed."""
-    probes: list[Probe] = []
-    token = _probes.set(probes)
-    try:
-        jax.eval_shape(lambda: tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params))
-    finally:
-        _probes.reset(token)
-    return probes
-
-
-def probing(probe: Probe) -> bool:
-    """Whether an update is asked for its settings alone, which it hereby tells."""
-    probes = _probes.get()
-    if probes is not None:
-        probes.append(probe)
-    return probes is not None
 
 
 def galore(
@@ -294,15 +235,18 @@ def galore(
             "galore's first argument is the inner optimizer, an optax.GradientTransformation, "
             f"got {inner!r} (the rank goes by name: galore(rank=128))"
         )
+    if residual is not None and not (hasattr(residual, "init") and hasattr(residual, "update")):
+        raise TypeError(
+            f"residual must be an optax.GradientTransformation or None, got {residual!r}; FRUGAL's "
+            "is optax.sign_sgd(learning_rate)"
+        )
     inner_tx = optax.with_extra_args_support(inner)
     residual_tx = None if residual is None else optax.with_extra_args_support(residual)
 
     def init_fn(params):
         params = bare(params)
         plan = make_plan(params)
-        if (records := _records.get()) is not None:
-            records.append(Record(plan, params, inner, storage))
-        else:
+        if not recorded(Record(plan, params, inner, storage)):
             leaf_lib.warn_about(plan)
         where = leaf_lib.sites(plan, jax.tree.structure(params))
         projectors = [default_projector(leaf, storage or leaf.dtype) for leaf in where.leaves]
@@ -362,7 +306,7 @@ def galore(
 
         # Project, unless `value_and_grad` already did.
         count = jnp.asarray(state.count)
-        pauses = pauses_of(where, state)
+        pauses = pauses_of(where, state.pauses)
         when = schedule(leaves, count, update_proj_gap, stagger, pauses)
         fixed = [is_projected(g) and g.projector is None for g in grads]
         if any(fixed):  # by a program without refreshes
@@ -403,39 +347,20 @@ def galore(
         factors: list[Any] = [scale] * len(leaves)
         if correction is not None:
             factors = [scale * c[..., None, None] for c in correction]
+        scaled = [f * u for f, u in zip(factors, directions, strict=True)]
         decays = [None] * len(leaves) if decay is None else decay
         weights = grads if params is None else where.pick(params)
         lifted = [
-            _lifted(leaf, p, f * u, c, w, is_projected(g))
-            for leaf, p, f, u, c, w, g in zip(
-                leaves, new, factors, directions, decays, weights, grads, strict=True
-            )
+            _lifted(leaf, p, u, c, w, is_projected(g))
+            for leaf, p, u, c, w, g in zip(leaves, new, scaled, decays, weights, grads, strict=True)
         ]
         residual_state = state.residual_state
         if residual_tx is not None:
-            outside = [
-                outside_of(leaf, p, g, r)
-                for leaf, p, g, r in zip(leaves, new, grads, projected, strict=True)
-            ]
-            ratios = [
-                column_ratio(leaf, scale * u, r)
-                for leaf, u, r in zip(leaves, directions, projected, strict=True)
-            ]
-            matrices = None if params is None else where.pick(jax.tree.map(wide, params))
-            if matrices is not None:
-                matrices = [x.to_matrix(w) for x, w in zip(leaves, matrices, strict=True)]
-                matrices = where.only(matrices, like)
-            outside, residual_state = residual_tx.update(
-                where.only(outside, like),
-                residual_state,
-                matrices,
-                column_ratio=where.only(ratios, like),
-                **extra_args,
+            update_outside = functools.partial(residual_tx.update, **extra_args)
+            outside, residual_state = _outside(
+                update_outside, residual_state, where, new, grads, projected, scaled, params
             )
-            lifted = [
-                u + leaf.from_matrix(x)
-                for leaf, u, x in zip(leaves, lifted, where.pick(outside), strict=True)
-            ]
+            lifted = [u + x for u, x in zip(lifted, outside, strict=True)]  # type: ignore[operator]
         out = [
             u if isinstance(u, Factored) else u.astype(jnp.result_type(x))
             for u, x in zip(where.flatten(where.put(lifted, out)), where.flatten(like), strict=True)
@@ -456,16 +381,18 @@ def galore(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def pause_tree(where: Sites, pauses: list[Pause], like: optax.Params) -> Pause:
-    """The leaves' pauses as two trees like the parameters."""
-    return Pause(*(where.only([getattr(p, f) for p in pauses], like) for f in Pause._fields))
-
-
-def pauses_of(where: Sites, state: GaLoreState) -> list[Pause] | None:
-    """The pauses of the projected leaves, where refreshes are lazy."""
-    if not isinstance(state.pauses, Pause):
-        return None
-    return [Pause(*x) for x in zip(*map(where.pick, state.pauses), strict=True)]
+def _outside(update, state, where: Sites, projectors, grads, low_grads, low_updates, params):
+    """The updates that `residual` makes of what the subspace does not show, and its next state."""
+    leaves, like = where.leaves, where.treedef.unflatten([0] * where.treedef.num_leaves)
+    outside = list(map(outside_of, leaves, projectors, grads, low_grads))
+    ratios = list(map(column_ratio, leaves, low_updates, low_grads))
+    matrices = None
+    if params is not None:
+        weights = zip(leaves, where.pick(params), strict=True)
+        matrices = where.only([leaf.to_matrix(wide(w)) for leaf, w in weights], like)
+    outside, ratios = (where.only(x, like) for x in (outside, ratios))
+    out, state = update(outside, state, matrices, column_ratio=ratios)
+    return [leaf.from_matrix(x) for leaf, x in zip(leaves, where.pick(out), strict=True)], state
 
 
 def _projectors(leaves, grads, old, count, when: Schedule, methods: Methods, some: bool):

@@ -127,3 +127,28 @@ def test_several_galores_and_parameters_called_like_fields():
     rows = {row.path: row for row in galore_jax.summary(tx, params).rows}
     assert (rows["mu"].projector, rows["mu"].inner_state) == (4 * 12 * 2, 2 * 4 * 2 * 24)
     assert (rows["z"].projector, rows["z"].inner_state) == (4 * 24 * 5, 0)
+
+
+def test_what_needs_full_gradients_has_no_row_for_the_subspace():
+    params = {"w": jax.ShapeDtypeStruct((3, 64, 128), jnp.float32)}
+    options = dict(rank=16, weight_dimension_numbers=galore_jax.last_two_axes)
+    tiers = {
+        name: [step.tier for step in galore_jax.summary(make(1e-3, **options), params).steps]
+        for name, make in {
+            "galore": galore_jax.galore_adamw,
+            "fira": galore_jax.fira,
+            "muon": galore_jax.galore_muon,
+            "ldadam": galore_jax.ldadam,
+        }.items()
+    }
+    assert tiers.pop("galore") == ["full", "subspace", "layerwise"]
+    assert all(found == ["full", "layerwise"] for found in tiers.values())
+
+
+def test_pauses_and_the_residuals_state_are_counted():
+    params = {"w": jax.ShapeDtypeStruct((3, 64, 128), jnp.float32)}
+    options = dict(rank=16, weight_dimension_numbers=galore_jax.last_two_axes)
+    tx = galore_jax.galore_adamw(1e-3, refresh="lazy", residual=optax.trace(0.9), **options)
+    state = jax.eval_shape(tx.init, params)
+    total = galore_jax.summary(tx, params).total
+    assert total.state == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -20,10 +20,10 @@ from galore_jax.alias import spell_out, with_rate
 from galore_jax.basis import methods as read_methods
 from galore_jax.leaf import DEFAULT_EXCLUDE, Leaf, Rank, bare
 from galore_jax.lowrank import wide
+from galore_jax.probes import Probe, probing
 from galore_jax.projection import default_projector, project
 from galore_jax.refresh import per_leaf, refresh, schedule, seed_of
-from galore_jax.residual import LimitNormGrowthState, column_ratio, limit_norm_growth
-from galore_jax.transform import Probe, probing
+from galore_jax.residual import column_ratio, limit_norm_growth
 
 
 class ApolloState(NamedTuple):
@@ -33,7 +33,7 @@ class ApolloState(NamedTuple):
     # Bases, batch + (m, r) or (n, r); none at all for random ones, which a key gives again.
     projector: optax.Params
     inner_state: optax.OptState  # over low-rank arrays
-    limiter: LimitNormGrowthState  # norms of the last update's matrices
+    limiter: Any  # a LimitNormGrowthState: norms of the last update's matrices
 
 
 def scale_by_apollo(

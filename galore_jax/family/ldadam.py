@@ -16,15 +16,16 @@ from galore_jax import checks
 from galore_jax import leaf as leaf_lib
 from galore_jax.alias import with_rate
 from galore_jax.leaf import DEFAULT_EXCLUDE, Rank, bare
+from galore_jax.probes import Probe, probing
 from galore_jax.projection import lift
 from galore_jax.residual import outside_of
-from galore_jax.transform import GaLoreState, Probe, galore, probing
+from galore_jax.transform import galore
 
 
 class LDAdamState(NamedTuple):
     """State of `scale_by_ldadam`."""
 
-    galore: GaLoreState  # projector and Adam's moments
+    galore: Any  # a GaLoreState: projector and Adam's moments
     # What the subspace did not show so far: float32 of the weights' shapes, for projected leaves.
     error: optax.Updates
 
@@ -83,7 +84,7 @@ def scale_by_ldadam(
         Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
     """
     make_plan = leaf_lib.planner(rank, proj_type, exclude, weight_dimension_numbers)
-    tx = galore(
+    tx: Any = galore(
         optax.scale_by_adam(b1, b2, eps),
         rank=rank,
         update_proj_gap=1,
