@@ -176,12 +176,14 @@ def train(run: Run, budget: Budget, root: pathlib.Path, cores: set[int] | None) 
             (folder / "metrics.jsonl").unlink(missing_ok=True)
             command += [*run.flags(budget), "--sample-tokens", "0", "--run-dir", str(folder)]
         folder.mkdir(parents=True, exist_ok=True)
-        pinned = None if cores is None else lambda: os.sched_setaffinity(0, cores)
         with (folder / "log.txt").open("a") as log:
-            done = subprocess.run(command, stdout=log, stderr=log, preexec_fn=pinned)
-        if done.returncode and "The loss is nan" in (folder / "log.txt").read_text():
+            child = subprocess.Popen(command, stdout=log, stderr=log)
+            if cores is not None:
+                os.sched_setaffinity(child.pid, cores)
+            failed = child.wait()
+        if failed and "The loss is nan" in (folder / "log.txt").read_text():
             (folder / "summary.json").write_text(json.dumps({"diverged": True}))
-        elif done.returncode:
+        elif failed:
             raise RuntimeError(f"{' '.join(command)} failed: see {folder / 'log.txt'}")
     return rows(folder)[-1]["val_loss"]
 
@@ -210,18 +212,20 @@ def state_bytes(run: Run, budget: Budget) -> dict[str, int]:
     tx = pretrain.make_optimizer(config, schedule, params)
     state = jax.eval_shape(tx.init, params)
 
-    def size(tree, kernels_only=False):
+    def of_kernels(path, x) -> bool:
+        return bool(x.ndim) and "['blocks']" in path and "['kernel']" in path
+
+    def size(tree, wanted=lambda path, x: True):
         return sum(
             x.size * x.dtype.itemsize
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
-            if not kernels_only or ("kernel" in jax.tree_util.keystr(path)
-            and "lm_head" not in jax.tree_util.keystr(path))
-        )  # fmt: skip
+            if wanted(jax.tree_util.keystr(path), x)
+        )
 
     return {
         "weights": size(params),
         "state": size(state),
-        "state_of_kernels": size(state, kernels_only=True),
+        "state_of_kernels": size(state, of_kernels),
     }
 
 
@@ -360,6 +364,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     budget = BUDGETS[args.budget]
     root = args.runs / args.budget
+    if args.budget == "gpu" and jax.default_backend() == "cpu":
+        print("no GPU: not measured")
+        result = {"budget": dataclasses.asdict(budget), "methods": "not measured"}
+        report.write("quality_gpu", result, ("jax", "jaxlib", "optax", "flax"), args.out)
+        return
 
     # Each training at a time has its share of the cores.
     shares: queue.Queue[set[int] | None] = queue.Queue()

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from benchmarks import quality
+from examples import config as config_lib
 from examples import pretrain
 
 
@@ -58,8 +59,8 @@ def test_bytes_are_those_of_the_formulas():
     assert sizes["AdamW"]["state_of_kernels"] == 4 * 2 * kernels
     assert sizes["Muon"]["state_of_kernels"] == 4 * kernels
     assert sizes["GaLore"]["state_of_kernels"] == 4 * (2 * low + bases)
-    assert sizes["APOLLO"]["state_of_kernels"] == 4 * (2 * low + 4 * 7)
-    assert sizes["galore_muon"]["state_of_kernels"] == 4 * (low + bases)
+    assert sizes["APOLLO"]["state_of_kernels"] == 4 * (2 * low + 4 * 7)  # and norms
+    assert sizes["galore_muon"]["state_of_kernels"] == 4 * (low + 4 * 7 * r)  # and which rows
     assert sizes["LoRA"]["weights"] == sizes["AdamW"]["weights"] + 4 * (low + bases)
     # Embedding, head and norms are AdamW's everywhere.
     rest = {s["state"] - s["state_of_kernels"] for s in sizes.values()}
@@ -71,7 +72,7 @@ def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_taken_again(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     budget, root = quality.BUDGETS["quick"], tmp_path / "runs" / "quick"
-    run = quality.Run("AdamW", 2e-3, budget.steps, 0)
+    run = quality.Run("AdamW", quality.METHODS["AdamW"].rate, budget.steps, 0)
     folder = run.folder(budget, root)
     # A run that stops after step 4 of 8, as one that was killed behind a checkpoint.
     flags = [*run.flags(budget), "--sample-tokens", "0", "--run-dir", str(folder)]
@@ -79,23 +80,22 @@ def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_taken_again(
     (folder / "summary.json").unlink()
 
     few = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--jobs", "2"]
-    quality.main([*few, "--methods", "AdamW", "Muon", "--speed-rounds", "1"])
+    quality.main([*few, "--methods", "AdamW", "--speed-rounds", "1"])
     steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
     assert "from step" not in (folder / "log.txt").read_text()
     found = json.loads((tmp_path / "quality_quick.json").read_text())
-    assert found["methods"].keys() == {"AdamW", "Muon"}
+    assert found["methods"].keys() == {"AdamW"}
     for line in found["methods"].values():
         assert line["speed"] > 0 and math.isfinite(line["loss"]) and line["state"] > 0
-    assert found["verdicts"]["Muon"]["way_from_adamw_to_muon"] == pytest.approx(1)
     for picture in ("quality_quick_curves.png", "quality_quick_memory.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
     def not_again(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(quality.subprocess, "run", not_again)
-    quality.main([*few, "--methods", "AdamW", "Muon", "--speed-rounds", "0"])
+    monkeypatch.setattr(quality.subprocess, "Popen", not_again)
+    quality.main([*few, "--methods", "AdamW", "--speed-rounds", "0"])
 
 
 def test_a_method_that_fails_is_named(tmp_path):
@@ -103,3 +103,21 @@ def test_a_method_that_fails_is_named(tmp_path):
     run = quality.Run("AdamW", -1.0, budget.steps, 0)
     with pytest.raises(RuntimeError, match=r"pretrain.*failed: see .*log\.txt"):
         quality.train(run, budget, tmp_path, None)
+
+
+@pytest.mark.parametrize("name", quality.BUDGETS)
+def test_every_row_is_a_command_line_that_pretrain_takes(name):
+    budget = quality.BUDGETS[name]
+    for method in quality.METHODS:
+        run = quality.Run(method, 0.01, budget.steps, 3)
+        config = config_lib.parse(run.flags(budget))
+        assert (config.steps, config.seed, config.learning_rate) == (budget.steps, 3, 0.01)
+        assert config.rank > 0
+    golore = quality.Run("GoLore", 0.01, budget.steps, 0)
+    assert config_lib.parse(golore.flags(budget)).random_from == int(0.8 * budget.steps)
+
+
+def test_without_a_gpu_nothing_is_measured_on_one(tmp_path):
+    quality.main(["--gpu", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "quality_gpu.json").read_text())
+    assert found["methods"] == "not measured"

@@ -512,7 +512,7 @@ def test_no_recompilation_on_the_second_call():
 
 
 def test_a_residual_of_the_wrong_type_is_refused():
-    with pytest.raises(TypeError, match="residual must be an optax.GradientTransformation"):
+    with pytest.raises(TypeError, match=r"residual must be an optax\.GradientTransformation"):
         galore_jax.galore_adamw(1e-3, rank=2, residual=0.1)
 
 
@@ -520,6 +520,6 @@ def test_projectors_from_other_matrices_than_the_gradients():
     params = params_like({"w": (8, 12)})
     tx = galore_jax.galore_sgd(1.0, rank=2, scale=1.0, method="svd")
     grads, other = grads_like(params, 0), grads_like(params, 1)
-    updates, state = tx.update(grads, tx.init(params), params, projector_grads=other)
+    updates, _ = tx.update(grads, tx.init(params), params, projector_grads=other)
     p = np.linalg.svd(np.asarray(other["w"]))[0][:, :2]
     np.testing.assert_allclose(updates["w"], -p @ p.T @ np.asarray(grads["w"]), atol=1e-4)
