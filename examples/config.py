@@ -215,6 +215,11 @@ def check(config: Config) -> None:
             f"--weights {config.weights} is a baseline beside GaLore. Give --optimizer adamw and"
             " --tier full, or --weights full."
         )
+    if config.optimizer == "scale_sgd" and config.embedding_learning_rate is not None:
+        raise UserError(
+            "--embedding-learning-rate: --optimizer scale_sgd has rules of its own for embeddings"
+            " and head. Leave one of them out."
+        )
     smallest = llama.CONFIGS[config.model].hidden
     if config.weights != "full" and config.rank > smallest:
         raise UserError(

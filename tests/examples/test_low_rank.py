@@ -148,6 +148,7 @@ def test_flags_that_do_not_go_together(capsys):
         (["--weights", "lora"], "--weights lora is a baseline"),
         (["--weights", "lora", "--optimizer", "adamw", "--tier", "layerwise"], "--tier full"),
         (["--weights", "low_rank", "--optimizer", "adamw", "--rank", "999"], "--rank 999"),
+        (["--optimizer", "scale_sgd", "--embedding-learning-rate", "1e-3"], "of its own"),
     ):
         assert pretrain.main(flags) == 2
         assert says in capsys.readouterr().err
