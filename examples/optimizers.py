@@ -187,7 +187,7 @@ def create(
         other = tx
         if embedding_learning_rate is not None:
             other = optax.adamw(embedding_learning_rate, weight_decay=weight_decay)
-        parts = {"kernel": tx, "other": other, "fixed": optax.set_to_zero()}
+        parts: dict[Any, Any] = {"kernel": tx, "other": other, "fixed": optax.set_to_zero()}
         tx = optax.partition(parts, labels)
     # A link either way, so that the state is one tree with and without clipping.
     return optax.chain(optax.identity() if clip is None else optax.clip_by_global_norm(clip), tx)

@@ -12,6 +12,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
@@ -71,7 +72,7 @@ def make_optimizer(
 
     Layer by layer no link of it sees all gradients, so there the training step clips.
     """
-    apart = {}
+    apart: dict[str, Any] = {}
     if config.embedding_learning_rate is not None:
         rate = learning_rate_schedule(config, config.embedding_learning_rate)
         apart = {"embedding_learning_rate": rate}
