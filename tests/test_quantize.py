@@ -116,6 +116,8 @@ def test_codes_of_bitsandbytes_itself(fmt):
 @hypothesis.settings(deadline=None, max_examples=15)
 def test_any_shape(fmt, shape, batch, dtype):
     shape, batch = tuple(shape), min(batch, len(shape))
+    # Codes of 4 bits are packed along the last axis: a stack of single numbers has none to pack.
+    hypothesis.assume(fmt.bits == 8 or not batch or len(shape) > batch)
     x = jnp.asarray(normal(0, *shape) ** (1 if fmt.signed else 2), dtype)
     stored = encode(x, fmt, batch)
     described = spec(shape, fmt, batch)

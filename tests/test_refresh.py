@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import galore_jax
-from galore_jax import basis
+from galore_jax import basis, refresh
 from galore_jax.leaf import plan
 from galore_jax.refresh import schedule
 from tests.problems import grads_like, params_like, train
@@ -31,12 +31,14 @@ def decompositions(monkeypatch):
         return basis.randomized(a, rank, previous, key)
 
     monkeypatch.setitem(basis.METHODS, "randomized", counted)
+    refresh.refresh.clear_cache()  # what was traced before calls the method itself
 
     def count():
         jax.effects_barrier()
         return len(runs)
 
-    return count
+    yield count
+    refresh.refresh.clear_cache()
 
 
 def computations(hlo):
