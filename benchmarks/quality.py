@@ -13,8 +13,8 @@ and down by factors of two, until the best has a worse one on either side. Varia
 GaLore's.
 
 Runs lie in a folder of their own and are not taken twice; one that was cut off goes on from its
-last checkpoint. So call it again after an interruption, or with `--methods` for some rows; rows
-in the table are those whose runs are there.
+last checkpoint. So call it again after an interruption, or with `--methods` for some rows: rows
+of the same budget that the JSON already has are kept.
 """
 
 import concurrent.futures
@@ -283,6 +283,16 @@ def collect(budget: Budget, root: pathlib.Path, rates: dict[str, dict[float, flo
     return table
 
 
+def known(path: pathlib.Path, budget: Budget) -> dict:
+    """The rows that a JSON has, if they are of this budget."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    wanted = json.loads(json.dumps(dataclasses.asdict(budget)))
+    same = all(found["budget"][k] == v for k, v in wanted.items() if k != "methods")
+    return found["methods"] if same else {}
+
+
 def verdicts(table: dict) -> dict:
     """What the table says about the family, in shares of the way from AdamW to Muon."""
     if not set(BASELINES) <= table.keys():
@@ -409,13 +419,14 @@ def main(argv: list[str] | None = None) -> None:
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         rates = dict(zip(wanted, pool.map(whole_row, wanted), strict=True))
     table = collect(budget, root, rates)
-    if args.speed_rounds and table:
-        runs = {n: Run(n, row["learning_rate"], budget.steps, 0) for n, row in table.items()}
-        for name, speed in measure_speed(runs, budget, args.speed_rounds, 10).items():
-            table[name]["speed"] = speed
-    show(table)
     args.out.mkdir(parents=True, exist_ok=True)
     name = "quality" if args.budget == "cpu" else f"quality_{args.budget}"
+    table = known(args.out / f"{name}.json", budget) | table
+    if args.speed_rounds and table:  # of all rows, in one process
+        runs = {n: Run(n, row["learning_rate"], budget.steps, 0) for n, row in table.items()}
+        for method, speed in measure_speed(runs, budget, args.speed_rounds, 10).items():
+            table[method]["speed"] = speed
+    show(table)
     draw(table, args.out, name)
     result = {"budget": dataclasses.asdict(budget), "methods": table, "verdicts": verdicts(table)}
     report.write(name, result, ("jax", "jaxlib", "optax", "flax"), args.out)

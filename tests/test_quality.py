@@ -94,6 +94,8 @@ def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_taken_again(
     def not_again(*_, **__):
         raise AssertionError("trained again")
 
+    assert quality.known(tmp_path / "quality_quick.json", budget) == found["methods"]
+    assert quality.known(tmp_path / "quality_quick.json", quality.BUDGETS["cpu"]) == {}
     monkeypatch.setattr(quality.subprocess, "Popen", not_again)
     quality.main([*few, "--methods", "AdamW", "--speed-rounds", "0"])
 
