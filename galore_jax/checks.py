@@ -15,6 +15,7 @@ from galore_jax.leaf import Leaf, Plan, Sites
 from galore_jax.lowrank import is_projected
 from galore_jax.projection import INDICES, QUANTISED, Storage, stored_shapes
 from galore_jax.quantize import Encoded
+from galore_jax.specs import path_string
 
 PROJECTOR_DTYPES = ("float32", "bfloat16", *QUANTISED)
 
@@ -23,9 +24,7 @@ def check_shapes(updates: Any, params: Any) -> None:
     """Raise where gradients are not of the parameters' structure and shapes."""
     shapes = [
         {
-            jax.tree_util.keystr(path, simple=True, separator="/"): (
-                x.shape if is_projected(x) else jnp.shape(x)
-            )
+            path_string(path): (x.shape if is_projected(x) else jnp.shape(x))
             for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_projected)
         }
         for tree in (updates, params)
@@ -80,9 +79,7 @@ def check_full(updates: Any, what: str) -> None:
     """Raise where gradients arrived in the subspace."""
     for path, g in jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_projected):
         if is_projected(g):
-            raise ValueError(
-                needs_full(what, jax.tree_util.keystr(path, simple=True, separator="/"))
-            )
+            raise ValueError(needs_full(what, path_string(path)))
 
 
 def needs_full(what: str, path: str) -> str:

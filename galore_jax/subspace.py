@@ -185,7 +185,7 @@ def galores(tx, params, opt_state) -> tuple[list[Probe], list[GaLoreState]]:
             "jax.value_and_grad with it, or an optimizer such as galore_jax.galore_adamw"
         )
     for probe in probes:
-        if probe.needs is not None:
+        if probe.needs is not None and probe.leaves:
             raise ValueError(checks.needs_full(probe.needs, probe.leaves[0].path))
     if any(p.in_multi_steps for p in probes):
         raise ValueError(

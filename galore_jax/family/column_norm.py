@@ -112,19 +112,10 @@ def scale_sgd(
         return "output" if last.search(name) else "matrix"
 
     def labels(params):
-        found = jax.tree_util.tree_map_with_path(label, params)
-        if "output" not in jax.tree.leaves(found) and jax.tree.leaves(found):
-            raise ValueError(
-                f"scale_sgd: no matrix's path matches output_layer={output_layer!r}. Name the "
-                "layer that gives the logits, the embedding where weights are tied; the paths are "
-                + ", ".join(
-                    specs.path_string(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)
-                )
-            )
-        return found
+        return jax.tree_util.tree_map_with_path(label, params)
 
     vectors = learning_rate if adam_learning_rate is None else adam_learning_rate
-    return optax.partition(
+    tx = optax.partition(
         {
             "matrix": with_rate(scale_by_column_norm(), learning_rate, weight_decay, mask),
             "output": with_rate(
@@ -136,9 +127,21 @@ def scale_sgd(
                 weight_decay,
                 mask,
             ),
-            "vector": in_float32(
-                with_rate(optax.scale_by_adam(b1, b2, eps), vectors, weight_decay, mask)
-            ),
+            "vector": with_rate(optax.scale_by_adam(b1, b2, eps), vectors, weight_decay, mask),
         },
         labels,
     )
+    tx = in_float32(tx)
+
+    def init_fn(params):
+        found = jax.tree_util.tree_leaves_with_path(labels(params))
+        if found and "output" not in [name for _, name in found]:
+            raise ValueError(
+                f"scale_sgd: no matrix's path matches output_layer={output_layer!r}. Name the "
+                "layer that gives the logits, the embedding where weights are tied; the paths are "
+                + ", ".join(specs.path_string(path) for path, _ in found)
+            )
+        return tx.init(params)
+
+    # An update may see some of the leaves only, layer by layer.
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)

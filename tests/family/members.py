@@ -55,4 +55,10 @@ FULL = {
     "galore_muon": with_decay(galore_jax.galore_muon),
     "galore_muon, svd": with_decay(galore_jax.galore_muon, method="svd", refresh="lazy"),
 }
-MEMBERS = IN_SUBSPACE | FULL
+
+
+def scale(**_):
+    return galore_jax.scale_sgd(RATE, weight_decay=0.1, output_layer="head|^w")
+
+
+MEMBERS = IN_SUBSPACE | FULL | {"scale": scale}  # which projects nothing
