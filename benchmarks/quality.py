@@ -17,6 +17,7 @@ last checkpoint. So call it again after an interruption, or with `--methods` for
 of the same budget that the JSON already has are kept.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -30,6 +31,7 @@ import sys
 import threading
 import time
 import zlib
+from typing import Any
 
 import jax
 import matplotlib.figure
@@ -314,13 +316,18 @@ def verdicts(table: dict) -> dict:
 def draw(table: dict, out: pathlib.Path, name: str) -> None:
     """Loss curves, and perplexity against memory."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="validation loss (nats per byte)")
+    axes = figure.add_subplot(
+        xlabel="step", ylabel="validation loss (nats per token; the last one on more batches)"
+    )
+    used: collections.Counter[str] = collections.Counter()
     for method, row in sorted(table.items(), key=lambda item: item[1]["loss"]):
         curves = [dict(map(tuple, c)) for c in row["validation"]]
         steps = sorted(set.intersection(*map(set, curves)))
         mean = [statistics.mean(c[s] for c in curves) for s in steps]
-        style = "--" if METHODS[method].color == "silver" else "-"
-        axes.plot(steps, mean, style, color=METHODS[method].color, label=method, linewidth=1.4)
+        color = METHODS[method].color
+        style = ("-", "--", "-.", ":", (0, (1, 3)), (0, (5, 3)))[used[color]]
+        used[color] += 1
+        axes.plot(steps, mean, color=color, linestyle=style, label=method, linewidth=1.4)
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(out / f"{name}_curves.png", dpi=120)
@@ -329,7 +336,8 @@ def draw(table: dict, out: pathlib.Path, name: str) -> None:
     axes = figure.add_subplot(
         xlabel="weights and optimizer state (MB)", ylabel="validation perplexity", axisbelow=True
     )
-    for method, row in table.items():
+    labels, line = [], {"arrowstyle": "-", "linewidth": 0.4, "color": "gray"}
+    for method, row in sorted(table.items(), key=lambda item: item[1]["perplexity"]):
         x = (row["weights"] + row["state"]) / 1e6
         low = math.exp(min(row["losses"]))
         high = math.exp(max(row["losses"]))
@@ -337,9 +345,26 @@ def draw(table: dict, out: pathlib.Path, name: str) -> None:
         axes.errorbar(
             x, y, [[y - low], [high - y]], fmt="o", color=METHODS[method].color, capsize=2
         )
-        axes.annotate(method, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        place = {"xytext": (8, 0), "textcoords": "offset points", "fontsize": 7, "va": "center"}
+        labels.append(axes.annotate(method, (x, y), arrowprops=line, **place))
+    axes.margins(x=0.15)
+    figure.draw_without_rendering()  # sizes are known
+    _move_apart(labels)
     axes.grid(alpha=0.3)
     figure.savefig(out / f"{name}_memory.png", dpi=120)
+
+
+def _move_apart(labels: list[Any]) -> None:
+    """Labels, lowest first, moved up from those below them."""
+    placed: list[Any] = []
+    for label in labels:
+        box = label.get_window_extent()
+        while below := [other for other in placed if other.overlaps(box)]:
+            rise = max(other.y1 for other in below) + 1 - box.y0
+            box = box.translated(0, rise)
+            x, y = label.get_position()
+            label.set_position((x, y + rise * 72 / label.figure.dpi))
+        placed.append(box)
 
 
 def show(table: dict) -> None:
