@@ -123,7 +123,7 @@ def train(config: Config) -> dict[str, float]:
     params = low_rank.factorise(config.weights, params, config.rank, jax.random.key(config.seed))
     tx = make_optimizer(config, schedule, params)
     print(f"model: {config.model}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
-    if config.optimizer in optimizers.IN_SUBSPACE:
+    if config.optimizer in optimizers.STACKED:
         print(galore_jax.summary(tx, params))
     batches = iter(data.train)
     manager = runs.checkpoint_manager(folder, config.keep)

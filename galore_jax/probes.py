@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,12 @@ from galore_jax.leaf import Leaf, Plan
 
 
 class Record(NamedTuple):
-    """What an `init` of `galore` decided, for `summary`."""
+    """What an `init` of `galore` or `scale_by_apollo` decided, for `summary`."""
 
     plan: Plan
     params: optax.Params
     inner: optax.GradientTransformation
-    storage: Any  # of projectors, None for each leaf's dtype
+    init: Callable[[optax.Params], Any]  # the one that decided
 
 
 class Probe(NamedTuple):

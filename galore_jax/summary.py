@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.checks import check_projectors
+from galore_jax.family.apollo import ApolloState
+from galore_jax.family.ldadam import LDAdamState
 from galore_jax.leaf import Leaf, owners, sites
 from galore_jax.probes import Probe, Record, probe_all, recording
 from galore_jax.projection import from_tree
@@ -86,10 +87,12 @@ def summary(
 ) -> Summary:
     """Table of what `galore` projects and of the bytes it keeps.
 
-    For the leaves that reach `galore`, and in total: shape, projected side (`in` for inputs,
-    `out` for outputs) and rank, or why the leaf is not projected; bytes of the weights, of the
-    projector and of the inner state; and `full`, the bytes that the same inner optimizer would
-    keep without GaLore. It computes shapes alone, so a 7B model can be summarised on a laptop.
+    For the leaves that reach `galore` (or `scale_by_apollo`), and in total: shape, projected side
+    (`in` for inputs, `out` for outputs) and rank, or why the leaf is not projected; bytes of the
+    weights, of the projector and of the inner state; and `full`, the bytes that the same inner
+    optimizer would keep without GaLore. What else the optimizer keeps, such as accumulated
+    gradients or moments of leaves that go another way, is under `(other)`. It computes shapes
+    alone, so a 7B model can be summarised on a laptop.
 
     Then an estimate of what a training step holds, for gradients in full (`jax.value_and_grad`),
     in the subspace (`galore_jax.value_and_grad`, where the optimizer allows it) and layer by layer
@@ -131,10 +134,13 @@ def summary(
     with recording() as records:
         # A function of its own: JAX does not trace the same one twice, and nothing is recorded.
         state = jax.eval_shape(lambda p: tx.init(p), params)
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_galore) if _is_galore(x)]
+    found = _instances((GaLoreState, ApolloState), state)
     if not records or not found:
         raise ValueError("summary: there is no galore in this transformation")
-    rows, plans, other, other_full = [], [], 0, 0
+    rows, plans = [], []
+    other = other_full = _nbytes(state) - _nbytes(found)
+    # An error is kept because of the projection; accumulators and other leaves' moments are not.
+    other_full -= sum(_nbytes(x.error) for x in _instances(LDAdamState, state))
     for galore_state in found:
         # States come in the order of the tree, records in that of the inits.
         record = next(r for r in records if _fits(r, galore_state))
@@ -161,7 +167,7 @@ def _needs_full_gradients(tx, params, state) -> bool:
 
 
 def _steps(rows, leaves: list[Leaf], state, params, loss_fn, args) -> tuple[Step, ...]:
-    full = sum(map(_nbytes, jax.tree.leaves(params)))
+    full = _nbytes(params)
     saved = None
     if loss_fn is not None:
         # The residuals of the backward pass, without the weights among them.
@@ -177,26 +183,26 @@ def _steps(rows, leaves: list[Leaf], state, params, loss_fn, args) -> tuple[Step
     low_rank = sum(math.prod(x.low_rank_shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
     layer = sum(size // x.batch[0] if x.batch else size for x, size in projected.items())
     gradients = {"full": full, "subspace": alone + low_rank, "layerwise": alone + layer}
-    kept = sum(map(_nbytes, jax.tree.leaves(state)))
+    kept = _nbytes(state)
     return tuple(Step(tier, full, g, kept, saved) for tier, g in gradients.items())
 
 
-def _fits(record: Record, state: GaLoreState) -> bool:
-    where = sites(record.plan, jax.tree.structure(record.params))
-    try:
-        check_projectors(record.plan, where, state.projector, record.storage)
-    except ValueError:  # the tree, or the shapes, of another galore
-        return False
-    return True
+def _fits(record: Record, state: GaLoreState | ApolloState) -> bool:
+    def shapes(tree):
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+
+    return shapes(jax.eval_shape(record.init, record.params)) == shapes(state)
 
 
-def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
+def _rows(record: Record, state: GaLoreState | ApolloState) -> tuple[list[Row], int, int]:
     """Rows of one galore, and the bytes of its state that belong to no leaf."""
     init, params = record.inner.init, record.params
     inner, rest = _state_bytes(init, state.inner_state, params)
     full, rest_full = _state_bytes(init, jax.eval_shape(init, params), params)
     where = sites(record.plan, jax.tree.structure(params))
-    stored = dict(zip(where.at, from_tree(where, state.projector), strict=True))
+    redrawn = isinstance(state.projector, optax.EmptyState)  # never stored
+    stored = {} if redrawn else dict(zip(where.at, from_tree(where, state.projector), strict=True))
     rows = []
     for i, (leaf, w) in enumerate(zip(record.plan, jax.tree.leaves(params), strict=True)):
         projected = isinstance(leaf, Leaf)
@@ -207,12 +213,12 @@ def _rows(record: Record, state: GaLoreState) -> tuple[list[Row], int, int]:
                 side=leaf.side if projected else leaf.reason,
                 rank=leaf.rank if projected else None,
                 weights=_nbytes(w),
-                projector=sum(map(_nbytes, jax.tree.leaves(stored.get(i)))),
+                projector=_nbytes(stored.get(i)),
                 inner_state=inner.get(i, 0),
                 without_galore=full.get(i, 0),
             )
         )
-    rest += sum(map(_nbytes, jax.tree.leaves((state.count, state.residual_state, state.pauses))))
+    rest += _nbytes(state) - _nbytes((state.projector, state.inner_state))
     return rows, rest, rest_full
 
 
@@ -227,12 +233,15 @@ def _state_bytes(init: Any, state: Any, params: Any) -> tuple[dict[int, int], in
     return by_leaf, rest
 
 
-def _is_galore(x: Any) -> bool:
-    return isinstance(x, GaLoreState)
+def _instances(kind: Any, tree: Any) -> list[Any]:
+    """The outermost states of a kind."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
 
 
-def _nbytes(x: Any) -> int:
-    return math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize
+def _nbytes(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize for x in leaves)
 
 
 def _aligned(lines: list[tuple[str, ...]], left: int) -> list[str]:

@@ -246,7 +246,7 @@ def galore(
     def init_fn(params):
         params = bare(params)
         plan = make_plan(params)
-        if not recorded(Record(plan, params, inner, storage)):
+        if not recorded(Record(plan, params, inner, init_fn)):
             leaf_lib.warn_about(plan)
         where = leaf_lib.sites(plan, jax.tree.structure(params))
         projectors = [default_projector(leaf, storage or leaf.dtype) for leaf in where.leaves]

@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_state(name, tx):
         for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, galore_jax.GaLoreState))
         if isinstance(x, galore_jax.GaLoreState)
     ]
-    assert table.total.state == nbytes(found)
+    assert table.total.state == nbytes(state)
     assert table.total.weights == nbytes(params)
     assert table.total.projector == nbytes([s.projector for s in found])
     rows = {row.path: row for row in table.rows}
@@ -58,7 +58,8 @@ def test_bytes_are_those_of_the_state(name, tx):
     assert rows["stack"].rank == 8 and rows["embed"].rank is None
     if name != "adafactor":
         full = optax.adamw(1e-3).init(params)
-        assert table.total.without_galore == nbytes(full)
+        outside = nbytes(state) - nbytes(found)  # accumulated gradients, injected numbers
+        assert table.total.without_galore == nbytes(full) + outside
         assert rows["stack"].inner_state == 2 * 4 * 3 * 8 * 96
         assert rows["embed"].side == "path matches exclude"
 
@@ -143,6 +144,33 @@ def test_what_needs_full_gradients_has_no_row_for_the_subspace():
     }
     assert tiers.pop("galore") == ["full", "subspace", "layerwise"]
     assert all(found == ["full", "layerwise"] for found in tiers.values())
+
+
+@pytest.mark.parametrize("name", ["apollo", "apollo svd", "apollo_mini", "ldadam", "galore_muon"])
+def test_the_familys_state_is_counted(name):
+    params = {
+        "embed": jax.ShapeDtypeStruct((100, 64), jnp.float32),
+        "w": jax.ShapeDtypeStruct((3, 64, 128), jnp.float32),
+    }
+    name, *svd = name.split()
+    options = dict(weight_dimension_numbers=galore_jax.last_two_axes, method="svd") if svd else {}
+    if not svd:
+        options = dict(weight_dimension_numbers=galore_jax.last_two_axes)
+    tx = getattr(galore_jax, name)(1e-3, rank=16, **options)
+    state = jax.eval_shape(tx.init, params)
+    table = galore_jax.summary(tx, params)
+    assert table.total.state == nbytes(state) == table.steps[0].state
+    rows = {row.path: row for row in table.rows}
+    moments = 1 if name == "galore_muon" else 2
+    assert rows["w"].inner_state == moments * 4 * 3 * 16 * 128
+    bases = {"galore_muon": 3 * 16, "ldadam": 3 * 64 * 16, "apollo": 3 * 64 * 16 if svd else 0}
+    assert rows["w"].projector == 4 * bases.get(name, 0)
+    errors = 3 * 64 * 128 if name == "ldadam" else 0
+    assert rows["(other)"].state - rows["(other)"].without_galore <= 4 * errors + 40
+    assert rows["(other)"].state >= 4 * errors
+    # As full AdamW would keep for what galore sees, and galore_muon's own Adam for the others.
+    kept = 3 * 64 * 128 * moments + 100 * 64 * 2
+    assert 4 * kept <= table.total.without_galore <= 4 * kept + 40
 
 
 def test_pauses_and_the_residuals_state_are_counted():

@@ -20,7 +20,7 @@ from galore_jax.alias import spell_out, with_rate
 from galore_jax.basis import methods as read_methods
 from galore_jax.leaf import DEFAULT_EXCLUDE, Leaf, Rank, bare
 from galore_jax.lowrank import wide
-from galore_jax.probes import Probe, probing
+from galore_jax.probes import Probe, Record, probing, recorded
 from galore_jax.projection import default_projector, project
 from galore_jax.refresh import per_leaf, refresh, schedule, seed_of
 from galore_jax.residual import column_ratio, limit_norm_growth
@@ -111,7 +111,8 @@ def scale_by_apollo(
     def init_fn(params):
         params = bare(params)
         plan = make_plan(params)
-        leaf_lib.warn_about(plan)
+        if not recorded(Record(plan, params, inner, init_fn)):
+            leaf_lib.warn_about(plan)
         where = leaf_lib.sites(plan, jax.tree.structure(params))
         low_rank = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in where.leaves]
         projectors: Any = optax.EmptyState()
