@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,19 @@ class ApolloState(NamedTuple):
     projector: optax.Params
     inner_state: optax.OptState  # over low-rank arrays
     limiter: Any  # a LimitNormGrowthState: norms of the last update's matrices
+
+
+class ApolloOptions(TypedDict, total=False):
+    """Keyword arguments of `scale_by_apollo`; they are documented there."""
+
+    update_proj_gap: jax.typing.ArrayLike
+    scale: jax.typing.ArrayLike
+    granularity: str
+    gamma: jax.typing.ArrayLike
+    method: str | Mapping[int, str]
+    proj_type: str
+    exclude: str | None
+    weight_dimension_numbers: Any
 
 
 def scale_by_apollo(
@@ -170,6 +183,7 @@ def scale_by_apollo(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@spell_out(scale_by_apollo, ApolloOptions.__annotations__)
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -179,14 +193,7 @@ def apollo(
     mask: Any = None,
     *,
     rank: Rank,
-    update_proj_gap: jax.typing.ArrayLike = 200,
-    scale: jax.typing.ArrayLike = 1.0,
-    granularity: str = "channel",
-    gamma: jax.typing.ArrayLike = 1.01,
-    method: str | Mapping[int, str] = "random",
-    proj_type: str = "std",
-    exclude: str | None = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
+    **options: Unpack[ApolloOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""APOLLO: the gradient, its channels scaled as Adam scales them in a random subspace.
 
@@ -204,14 +211,7 @@ def apollo(
         weight_decay: lambda, decoupled, acting on the full weight.
         mask: tree of bools, or callable giving one: which leaves decay.
         rank: r, see `galore`; a quarter or an eighth of the width in the paper.
-        update_proj_gap: see `scale_by_apollo`.
-        scale: see `scale_by_apollo`.
-        granularity: see `scale_by_apollo`.
-        gamma: see `scale_by_apollo`.
-        method: see `scale_by_apollo`.
-        proj_type: see `galore`.
-        exclude: see `galore`.
-        weight_dimension_numbers: see `galore`.
+        **options: see `scale_by_apollo`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that needs full gradients.
@@ -229,28 +229,11 @@ def apollo(
     References:
         Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024
     """
-    tx = scale_by_apollo(
-        optax.scale_by_adam(b1, b2, eps),
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        granularity=granularity,
-        gamma=gamma,
-        method=method,
-        proj_type=proj_type,
-        exclude=exclude,
-        weight_dimension_numbers=weight_dimension_numbers,
-    )
+    tx = scale_by_apollo(optax.scale_by_adam(b1, b2, eps), rank=rank, **options)
     return with_rate(tx, learning_rate, weight_decay, mask)
 
 
-@spell_out(
-    apollo,
-    [
-        *("update_proj_gap", "gamma", "method"),
-        *("proj_type", "exclude", "weight_dimension_numbers"),
-    ],
-)
+@spell_out(apollo, [n for n in ApolloOptions.__annotations__ if n not in ("scale", "granularity")])
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
