@@ -67,6 +67,7 @@ METHODS = {
     "AdamW": Method(("--optimizer", "adamw"), 1e-3, "black"),
     "Muon": Method(("--optimizer", "muon"), 0.02, "tab:red"),
     "GaLore": Method(("--optimizer", "galore_adamw"), 8e-3, "tab:green"),
+    "GaLore, T = 200": _variant("--update-proj-gap", "200"),
     "GaLore, rotated moments": _variant("--moments", "rotate"),
     "GaLore, lazy refresh": _variant("--refresh", "lazy"),
     "GoLore": _variant("--random-from", "80%"),
