@@ -1,8 +1,10 @@
 """The quality benchmark's own logic: picking rates, going on, judging; and one quick run."""
 
+import itertools
 import json
 import math
 
+import matplotlib.figure
 import pytest
 
 from benchmarks import quality
@@ -123,3 +125,16 @@ def test_without_a_gpu_nothing_is_measured_on_one(tmp_path):
     quality.main(["--gpu", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "quality_gpu.json").read_text())
     assert found["methods"] == "not measured"
+
+
+def test_labels_of_rows_alike_do_not_touch():
+    figure = matplotlib.figure.Figure(dpi=120)
+    axes = figure.add_subplot()
+    labels = [axes.annotate(f"row {y}", (1, y), va="center") for y in (0.5, 0.5, 0.51, 0.9)]
+    figure.draw_without_rendering()
+    free = labels[-1].get_window_extent().bounds
+    quality._move_apart(labels)
+    boxes = [label.get_window_extent() for label in labels]
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+    assert boxes[-1].bounds == free
