@@ -8,12 +8,14 @@ params and state. The first command counts float32 steps for this machine's CPU,
 weights' bytes; `estimate` is `galore_jax.summary`'s of the same step, without the compiler's
 scratch. `growth` is what 2048 tokens cost more, over the bytes of the block inputs kept for them.
 
-The second compiles the bfloat16 recipe for 24 GB (tier 3, 8-bit moments, int8 projectors) for the
-GPU that an XLA target config describes, with `jax-cuda13-plugin` installed and no GPU present.
-Counted is what the compiler plans: no CUDA context, fragmentation or solver workspace.
+The second compiles bfloat16 recipes for 24 GB (tier 3: 8-bit moments and int8 projectors, and
+`galore_muon` with its momentum in bfloat16) for the GPU that an XLA target config describes, with
+`jax-cuda13-plugin` installed and no GPU present. Counted is what the compiler plans: no CUDA
+context, fragmentation or solver workspace.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,16 +64,31 @@ TARGETS = {
 }
 
 
+def small_muon(rank: int) -> optax.GradientTransformation:
+    """The family's recommendation, its momentum in bfloat16; embeddings and head keep float32."""
+    return galore_jax.galore_muon(
+        steps.LEARNING_RATE,
+        rank=rank,
+        accumulator_dtype="bfloat16",
+        weight_dimension_numbers=galore_jax.last_two_axes,
+    )
+
+
 class GpuStep(NamedTuple):
     length: int
     refresh: bool
-    target: float  # GiB of an RTX 4090, model 7b
+    target: float | None  # GiB of an RTX 4090, model 7b
+    optimizer: Callable[[int], optax.GradientTransformation] = functools.partial(
+        small, method="subspace"
+    )
 
 
 GPU_STEPS = {
     "1x256": GpuStep(LENGTH, False, 18.5),
     "1x256, subspace refresh": GpuStep(LENGTH, True, 19),
     "1x2048, chunked loss": GpuStep(LONG, False, 20.5),
+    "1x256, galore_muon, refresh": GpuStep(LENGTH, True, None, small_muon),
+    "1x2048, galore_muon, refresh": GpuStep(LONG, True, None, small_muon),
 }
 
 
@@ -164,11 +181,11 @@ def gpu_figures(name: str, sharding: NamedSharding) -> dict[str, Any]:
     )
     found: dict[str, Any] = {}
     problem = steps.stacked(config)
-    tx = small(config.hidden // 4, method="subspace")
-    for step, (length, refresh, target) in GPU_STEPS.items():
+    for step, (length, refresh, target, optimizer) in GPU_STEPS.items():
+        tx = optimizer(config.hidden // 4)
         parts = steps.memory(program(problem, "layerwise", tx, length, refresh, sharding))
         found[step] = parts | {"total_gib": parts["total"] / GIB}
-        if name == "7b":
+        if name == "7b" and target is not None:
             found[step]["target_gib"] = target
         sizes = ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
         print(f"{name}, {step}: GiB {sizes}; target {found[step].get('target_gib')}", flush=True)

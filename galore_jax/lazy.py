@@ -80,7 +80,8 @@ def next_pauses(
     return [
         Pause(
             jnp.where(due, gap, pause.gap),
-            jnp.where(due, gap - 1, pause.wait - (turn & ~due)),
+            # Not below zero: a turn may pass in a step compiled without refreshes.
+            jnp.where(due, gap - 1, jnp.maximum(pause.wait - turn, 0)),
         )
         for pause, gap, turn, due in zip(pauses, gaps, turns, dues, strict=True)
     ]

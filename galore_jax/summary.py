@@ -150,7 +150,8 @@ def summary(
         plans += [leaf for leaf in record.plan if isinstance(leaf, Leaf)]
         other += rest
         other_full += rest_full
-    rows.append(Row("(other)", None, "not per leaf", None, 0, 0, other, other_full))
+    elsewhere = _nbytes(params) - sum(row.weights for row in rows)
+    rows.append(Row("(other)", None, "not per leaf", None, elsewhere, 0, other, other_full))
     fields = ("weights", "projector", "inner_state", "without_galore")
     sums = {f: sum(getattr(r, f) for r in rows) for f in fields}
     total = Row("total", None, "", None, **sums)

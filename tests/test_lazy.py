@@ -158,3 +158,21 @@ def test_a_wrong_refresh_is_refused():
 def test_the_threshold_is_what_the_docstring_says():
     assert str(STILL) in galore_jax.galore.__doc__
     assert f"{LARGEST_GAP} T" in galore_jax.galore.__doc__
+
+
+def test_a_turn_in_a_step_compiled_without_refreshes_is_made_up_for():
+    params = {"w": jnp.asarray(normal(0, 8, 12))}
+    tx = galore_jax.galore_adamw(1e-3, refresh="lazy", **OPTIONS)
+
+    def loss_fn(params, x):
+        return jnp.sum(jnp.square(x @ params["w"]))
+
+    state, changed = tx.init(params), []
+    for step in range(3 * GAP):
+        refresh = step != GAP
+        take = galore_jax.value_and_grad(loss_fn, tx, refresh=refresh)
+        _, grads = take(params, state, normal(step, 4, 8))
+        old = state.projector["w"]
+        _, state = tx.update(grads, state, params)
+        changed.append(bool(jnp.any(state.projector["w"] != old)))
+    assert np.flatnonzero(changed).tolist() == [0, 2 * GAP]

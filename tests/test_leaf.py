@@ -218,8 +218,9 @@ def test_nothing_to_project_is_a_warning_with_the_reason():
         tx.init({"w": jnp.zeros((4, 16))})
 
 
-def test_a_large_leaf_without_a_spec_is_a_warning():
-    tx = galore_jax.galore_adamw(1e-3, rank=8)
+@pytest.mark.parametrize("make", [galore_jax.galore_adamw, galore_jax.galore_muon])
+def test_a_large_leaf_without_a_spec_is_a_warning(make):
+    tx = make(1e-3, rank=8)
     params = {"stack": jnp.zeros((4, 128, 256)), "w": jnp.zeros((16, 16))}
     with pytest.warns(UserWarning, match=r"'stack' \(4, 128, 256\) unprojected.*last_two_axes"):
         tx.init(params)

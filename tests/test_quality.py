@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import types
 
 import matplotlib.figure
 import pytest
@@ -124,7 +126,30 @@ def test_every_row_is_a_command_line_that_pretrain_takes(name):
 def test_without_a_gpu_nothing_is_measured_on_one(tmp_path):
     quality.main(["--gpu", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "quality_gpu.json").read_text())
-    assert found["methods"] == "not measured"
+    assert found["methods"] == quality.NOT_MEASURED
+    assert quality.known(tmp_path / "quality_gpu.json", quality.BUDGETS["gpu"]) == {}
+    # What was measured elsewhere stays.
+    found["methods"] = {"AdamW": row(1.0)}
+    (tmp_path / "quality_gpu.json").write_text(json.dumps(found))
+    quality.main(["--gpu", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "quality_gpu.json").read_text()) == json.loads(json.dumps(found))
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_training_that_diverges_is_a_row_without_end(tmp_path, monkeypatch, loss):
+    budget = quality.BUDGETS["quick"]
+
+    def diverging(command, stdout, stderr):
+        stdout.write(f"The loss is {loss} at step 3. Lower --learning-rate.\n")
+        return types.SimpleNamespace(pid=os.getpid(), wait=lambda: 1)
+
+    monkeypatch.setattr(quality.subprocess, "Popen", diverging)
+    run = quality.Run("AdamW", 0.01, budget.steps, 0)
+    assert quality.train(run, budget, tmp_path, None) == math.inf
+    table = quality.collect(budget, tmp_path, {"AdamW": {0.01: 3.0}})
+    assert table["AdamW"]["loss"] == math.inf
+    quality.draw(table | {"Muon": table["AdamW"]}, tmp_path, "quality")
+    quality.show(table)
 
 
 def test_labels_of_rows_alike_do_not_touch():

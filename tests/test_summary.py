@@ -160,6 +160,7 @@ def test_the_familys_state_is_counted(name):
     state = jax.eval_shape(tx.init, params)
     table = galore_jax.summary(tx, params)
     assert table.total.state == nbytes(state) == table.steps[0].state
+    assert table.total.weights == nbytes(params) == table.steps[0].weights
     rows = {row.path: row for row in table.rows}
     moments = 1 if name == "galore_muon" else 2
     assert rows["w"].inner_state == moments * 4 * 3 * 16 * 128

@@ -39,6 +39,7 @@ def galore_muon(
     stagger: bool = False,
     moments: str = "rotate",
     nesterov: bool = True,
+    accumulator_dtype: Any = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -80,7 +81,9 @@ def galore_muon(
         stagger: see `galore`.
         moments: what becomes of B when P changes, see `galore`.
         nesterov: use Nesterov momentum; otherwise M = P B in the subspace.
-        adam_learning_rate: of the leaves that are not projected, by default `learning_rate`.
+        accumulator_dtype: of B, such as "bfloat16"; by default float32.
+        adam_learning_rate: of the leaves that are not projected, by default `learning_rate`,
+            which suits the embeddings of small vocabularies alone: try AdamW's.
         b1: decay rate of their first moment.
         b2: decay rate of their second moment.
         eps: added to the root of their second moment.
@@ -116,7 +119,7 @@ def galore_muon(
     """
     make_plan = leaf_lib.planner(rank, proj_type, exclude, weight_dimension_numbers)
     in_subspace = galore(
-        optax.trace(momentum, nesterov),
+        optax.trace(momentum, nesterov, accumulator_dtype),
         rank=rank,
         update_proj_gap=update_proj_gap,
         scale=1.0,
@@ -152,11 +155,16 @@ def galore_muon(
         labels,
     )
 
+    def init_fn(params):
+        # `in_subspace` does not see the leaves that it should miss.
+        leaf_lib.warn_about(make_plan(bare(params)))
+        return tx.init(params)
+
     def update_fn(updates, state, params=None, **extra_args):
         checks.check_full(updates, "galore_muon")
         return tx.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:

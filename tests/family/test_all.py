@@ -51,6 +51,18 @@ def test_bfloat16_weights_keep_float32_state(name):
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(params))
 
 
+def test_the_momentum_of_galore_muon_may_be_bfloat16():
+    params = params_like({"w": (3, 8, 12)})
+    short = galore_jax.galore_muon(1e-2, accumulator_dtype="bfloat16", **STACK)
+    kept = {x.dtype.name for x in jax.tree.leaves(short.init(params)) if x.ndim == 3}
+    assert kept == {"bfloat16"}
+    want, _ = train(galore_jax.galore_muon(1e-2, **STACK), params, 8)
+    got, state = train(short, params, 8)
+    assert jax.tree.map(jnp.dtype, state) == jax.tree.map(jnp.dtype, short.init(params))
+    moved = jnp.linalg.norm(want["w"] - params["w"])
+    assert 0 < jnp.linalg.norm(want["w"] - got["w"]) < 0.02 * moved
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_nnx_optimizer_equals_the_functional_loop(name):
     tx = MEMBERS[name](**(STACK | {"rank": 4}))
