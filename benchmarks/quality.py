@@ -72,22 +72,22 @@ METHODS = {
     "GaLore, lazy refresh": _variant("--refresh", "lazy"),
     "GoLore": _variant("--random-from", "80%", "--moments", "rotate"),
     "optax.contrib.galore": Method(("--optimizer", "optax_galore"), 8e-3, "tab:olive"),
-    "FRUGAL": Method(("--optimizer", "frugal", "--moments", "reset"), 4e-3, "tab:cyan"),
+    "FRUGAL": Method(("--optimizer", "frugal", "--moments", "reset"), 16e-3, "tab:cyan"),
     "Fira": Method(("--optimizer", "fira"), 8e-3, "tab:blue"),
-    "APOLLO": Method(("--optimizer", "apollo"), 4e-3, "tab:purple"),
-    "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 1e-3, "tab:pink"),
-    "LDAdam": Method(("--optimizer", "ldadam"), 2e-3, "tab:brown"),
-    "SCALE": Method(("--optimizer", "scale_sgd"), 1e-3, "tab:gray"),
+    "APOLLO": Method(("--optimizer", "apollo"), 8e-3, "tab:purple"),
+    "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 8e-3, "tab:pink"),
+    "LDAdam": Method(("--optimizer", "ldadam"), 4e-3, "tab:brown"),
+    "SCALE": Method(("--optimizer", "scale_sgd"), 2e-3, "tab:gray"),
     "galore_muon": Method(_MUON, 0.02, "tab:orange"),
     "galore_muon, rank 64": _muon_variant("--rank", "64"),
     "galore_muon, rank 8": _muon_variant("--rank", "8"),
     "galore_muon, random directions": _muon_variant("--method", "random"),
     "galore_muon, GaLore's subspace": _muon_variant("--method", "randomized"),
-    "LoRA": Method(("--optimizer", "adamw", "--weights", "lora"), 4e-3, "silver"),
-    "ReLoRA": Method(("--optimizer", "adamw", "--weights", "relora"), 4e-3, "silver"),
-    "low rank": Method(("--optimizer", "adamw", "--weights", "low_rank"), 4e-3, "silver"),
+    "LoRA": Method(("--optimizer", "adamw", "--weights", "lora"), 2e-3, "silver"),
+    "ReLoRA": Method(("--optimizer", "adamw", "--weights", "relora"), 2e-3, "silver"),
+    "low rank": Method(("--optimizer", "adamw", "--weights", "low_rank"), 2e-3, "silver"),
     "low rank, refactored": Method(
-        ("--optimizer", "adamw", "--weights", "refactored"), 4e-3, "silver"
+        ("--optimizer", "adamw", "--weights", "refactored"), 2e-3, "silver"
     ),
 }
 NOT_MEASURED = "not measured"  # in the place of the rows, where there was no GPU
