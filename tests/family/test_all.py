@@ -1,5 +1,6 @@
 """What every member of the family does: stacks, NNX, checkpoints, hyperparameters, tiers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,7 @@ def test_the_momentum_of_galore_muon_may_be_bfloat16():
     assert kept == {"bfloat16"}
     want, _ = train(galore_jax.galore_muon(1e-2, **STACK), params, 8)
     got, state = train(short, params, 8)
-    assert jax.tree.map(jnp.dtype, state) == jax.tree.map(jnp.dtype, short.init(params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, short.init(params))
     moved = jnp.linalg.norm(want["w"] - params["w"])
     assert 0 < jnp.linalg.norm(want["w"] - got["w"]) < 0.02 * moved
 
