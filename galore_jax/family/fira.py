@@ -63,7 +63,8 @@ def scale_by_fira(
         Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024
     """
     residual = optax.chain(scale_by_column_ratio(), limit_norm_growth(gamma))
-    return galore(inner, rank=rank, residual=residual, **options)
+    rest: dict[str, Any] = {**options}  # a second `residual` is a TypeError
+    return galore(inner, rank=rank, residual=residual, **rest)
 
 
 @spell_out(galore, _OPTIONS)
