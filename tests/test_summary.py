@@ -153,10 +153,10 @@ def test_the_familys_state_is_counted(name):
         "w": jax.ShapeDtypeStruct((3, 64, 128), jnp.float32),
     }
     name, *svd = name.split()
-    options = dict(weight_dimension_numbers=galore_jax.last_two_axes, method="svd") if svd else {}
-    if not svd:
-        options = dict(weight_dimension_numbers=galore_jax.last_two_axes)
-    tx = getattr(galore_jax, name)(1e-3, rank=16, **options)
+    options = {"method": "svd"} if svd else {}
+    tx = getattr(galore_jax, name)(
+        1e-3, rank=16, weight_dimension_numbers=galore_jax.last_two_axes, **options
+    )
     state = jax.eval_shape(tx.init, params)
     table = galore_jax.summary(tx, params)
     assert table.total.state == nbytes(state) == table.steps[0].state

@@ -52,6 +52,11 @@ def test_bfloat16_weights_keep_float32_state(name):
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(params))
 
 
+def test_fira_has_a_residual_of_its_own():
+    with pytest.raises(TypeError, match="residual"):
+        galore_jax.fira(1e-3, rank=2, residual=optax.sign_sgd(1e-3))
+
+
 def test_the_momentum_of_galore_muon_may_be_bfloat16():
     params = params_like({"w": (3, 8, 12)})
     short = galore_jax.galore_muon(1e-2, accumulator_dtype="bfloat16", **STACK)
