@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
-from jax.interpreters import partial_eval as pe
+
+from galore_jax import dependence
 
 LowRank = list[jax.Array]
 
@@ -43,44 +43,40 @@ def split_affine(
     def with_slope(at, direction):
         return jax.jvp(update, (at,), (direction,), has_aux=True)
 
-    # Traced once, evaluated once: the jaxpr tells whether the slope depends on the direction
-    # (is there any?) and on the point (then it is no constant, and the update not affine).
-    traced, shapes = jax.make_jaxpr(with_slope, return_shape=True)(like, like)
-    out, slope, (others, next_state) = shapes
-    sizes = [len(jax.tree.leaves(x)) for x in (out, slope, others, next_state)]
+    # Traced once, evaluated once. The slope tells whether it depends on the direction (is there
+    # any?) and on the point (then it is no constant, and the update not affine).
+    traced = dependence.trace(with_slope, like, like)
+    _, slope, (_, next_state) = traced.depends
 
-    def uses(*which):
-        """Whether the outputs of the kinds named use each low-rank parameter and direction."""
-        wanted = [i in which for i, size in enumerate(sizes) for _ in range(size)]
-        used = pe.dce_jaxpr(traced.jaxpr, wanted)[1]
-        return used[: len(like)], used[len(like) :]
+    def used(results):
+        """Positions of the low-rank parameters, then of their directions, that results use."""
+        return sorted(frozenset().union(*jax.tree.leaves(results)))
 
-    if any(bent := uses(1)[0]):
+    sloped = used(slope)
+    if sloped and sloped[0] < len(like):
         raise ValueError(
             "galore: the inner optimizer's update is not affine in params, as decoupled weight "
-            f"decay would be (leaf '{paths[bent.index(True)]}'), so its use of params cannot be "
+            f"decay would be (leaf '{paths[sloped[0]]}'), so its use of params cannot be "
             "carried out of the subspace. Trust ratios and parameter scales (lamb, lars, "
             "adafactor) are of this kind. Put such a link outside, as in optax.chain(galore("
             "optax.scale_by_adam(), rank=...), optax.scale_by_trust_ratio(), ...), or use "
             "galore_jax.galore_adafactor"
         )
-    if any(kept := uses(3)[0]):
+    if kept := used(next_state):
         warnings.warn(
             "galore: the inner optimizer feeds params into its moments (leaf "
-            f"'{paths[kept.index(True)]}'), as L2 regularisation and novograd do. Those lie in the "
+            f"'{paths[kept[0]]}'), as L2 regularisation and novograd do. Those lie in the "
             "subspace, so the weights decay by their part in each step's update alone. For decay "
             "that is right use an optimizer that applies it after the moments, as optax.adamw",
             UserWarning,
             stacklevel=2,
         )
-    zeros, ones = map(jnp.zeros_like, like), map(jnp.ones_like, like)
-    flat = jex.core.jaxpr_as_fun(traced)(*zeros, *ones)
-    at_zero, slope, rest = jax.tree.unflatten(jax.tree.structure(shapes), flat)
-    slopes = [c[..., 0, 0] for c in slope] if any(uses(1)[1]) else None
-    return at_zero, rest, slopes
+    zeros, ones = (jax.tree.map(f, like) for f in (jnp.zeros_like, jnp.ones_like))
+    at_zero, slope, rest = traced.call(zeros, ones)
+    return at_zero, rest, [c[..., 0, 0] for c in slope] if sloped else None
 
 
 def reads_params(init: Callable[[LowRank], Any], like: LowRank) -> list[bool]:
     """Whether an inner `init` uses the values of each low-rank parameter."""
-    traced = jax.make_jaxpr(init)(like).jaxpr
-    return pe.dce_jaxpr(traced, [True] * len(traced.outvars))[1]
+    used = frozenset().union(*jax.tree.leaves(dependence.trace(init, like).depends))
+    return [i in used for i in range(len(like))]

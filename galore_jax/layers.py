@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.interpreters import partial_eval as pe
 
+from galore_jax import dependence
 from galore_jax.ordering import reads_first
 from galore_jax.parts import Arrays, in_parts
 
@@ -310,9 +310,8 @@ def _split(loss_fn: Callable[[Any], Any], params: Any, has_aux: bool) -> _Model:
             )
         return value if has_aux else (value, None)
 
-    traced = jax.make_jaxpr(before)({i: leaves[i] for i in rest}).jaxpr
-    used = pe.dce_jaxpr(traced, [True] * len(traced.outvars))[1]
-    used_before = {i for i, u in zip(rest, used, strict=True) if u}
+    depends = dependence.trace(before, {i: leaves[i] for i in rest}).depends
+    used_before = {rest[k] for k in frozenset().union(*jax.tree.leaves(depends))}
     return _Model(stacked, rest, used_before, before, block, after)
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.interpreters import partial_eval as pe
 
+from galore_jax import dependence
 from galore_jax.leaf import bare, owners
 from galore_jax.probes import probe_all
 from galore_jax.refresh import Layer, one_layer
@@ -116,15 +116,11 @@ def _check_separate(parts: Parts, weights: list[Any], state: list[Any]) -> None:
         return parts.step(grads, dict(enumerate(weights)), dict(enumerate(state)), refresh=False)
 
     like = {i: jnp.zeros_like(w) for i, w in enumerate(weights)}
-    traced, shapes = jax.make_jaxpr(run, return_shape=True)(like)
-    (new_weights, new_state), shared = shapes
-    # Dicts are flattened in the order of their keys.
-    outputs = [*sorted(new_weights), *(parts.owner[j] for j in sorted(new_state))]
-    outputs += [None] * len(shared)
-    for leaf in dict.fromkeys(outputs):
-        used = pe.dce_jaxpr(traced.jaxpr, [o == leaf for o in outputs])[1]
-        others = [i for i, u in enumerate(used) if u and i != leaf]
-        if others:
+    (new_weights, new_state), shared = dependence.trace(run, like).depends
+    results = [*new_weights.items(), *((parts.owner[j], x) for j, x in new_state.items())]
+    results += [(None, x) for x in shared.values()]
+    for leaf, used in results:
+        if others := sorted(used - {leaf}):
             what = "state that all leaves share" if leaf is None else f"leaf '{parts.paths[leaf]}'"
             raise ValueError(
                 f"value_and_update: the optimizer's update of {what} depends on the gradient of "

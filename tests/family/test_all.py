@@ -12,7 +12,7 @@ import galore_jax
 from tests.family.members import FULL, IN_SUBSPACE, MEMBERS
 from tests.models import LAYERS, MODELS, OPTIONS, batches, plain
 from tests.problems import grads_like, params_like, train
-from tests.test_flax import V1, NNXNet, nnx_step, save_and_resume
+from tests.test_flax import NNXNet, nnx_step
 from tests.test_layers import train_layerwise
 from tests.test_subspace import full, relative
 from tests.test_subspace import train as train_model
@@ -94,11 +94,6 @@ def test_nnx_optimizer_equals_the_functional_loop(name):
         want.append(float(loss))
     np.testing.assert_allclose(losses, want, rtol=2e-4)
     assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("name", MEMBERS)
-def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path, name):
-    save_and_resume(tmp_path, MEMBERS[name](**(STACK | {"rank": 4})), 4, *V1)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

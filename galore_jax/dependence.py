@@ -1,0 +1,352 @@
+"""Which output of a traced function depends on which input, and how often a kernel is used.
+
+This is the one module that looks into jaxprs. What a loop or a call does with its operands it
+tells from the shapes outside and inside, since the parameters of JAX's primitives change from
+one version to the next. Of an equation that it does not know it assumes the worst: each result
+depends on every operand, and a kernel that is used inside is used more than once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+# Calls, which hand their operands to the inputs of one jaxpr, in order and once. (A custom JVP is
+# one too; a custom VJP is not, since its cotangents need not follow from its value.)
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat2", "checkpoint"}
+_CALLS |= {"shard_map", "xla_pmap"}
+
+# Each result is the operand at its place.
+_IDENTITIES = {"optimization_barrier"}
+
+# Parts of a stack: different ones are different kernels.
+_PARTS = {"slice", "dynamic_slice", "gather", "split"}
+
+
+class Trace(NamedTuple):
+    """A function, traced once."""
+
+    call: Callable[..., Any]  # evaluates it, at arguments of the shapes that it was traced with
+    depends: Any  # like its result: per array the positions of the flattened inputs it depends on
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> Trace:
+    """Trace a function and see what each of its results depends on.
+
+    Args:
+        fun: a function of trees of arrays.
+        args: arguments to trace it with; shapes do.
+
+    Returns:
+        The traced function, and a tree like its result that has in each array's place the
+        frozenset of the inputs, by position among the leaves of `args`, that its value may
+        depend on, by way of branches taken and lengths of loops too.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> trace(lambda x, y: {"a": x * y, "b": jnp.sum(y)}, 1.0, jnp.ones(2)).depends
+        {'a': frozenset({0, 1}), 'b': frozenset({1})}
+    """
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    treedef = jax.tree.structure(shapes)
+
+    def call(*args):
+        return treedef.unflatten(jaxpr_as_fun(closed)(*jax.tree.leaves(args)))
+
+    return Trace(call, treedef.unflatten(_dependence(_open(closed), {})))
+
+
+_Inputs = frozenset[int]
+_Known = dict[int, tuple[Any, list[_Inputs]]]  # by the id of a jaxpr, which it keeps alive
+
+
+def _dependence(jaxpr: Any, known: _Known) -> list[_Inputs]:
+    """Of each output of a jaxpr, the inputs that it depends on; `known` remembers inner ones."""
+    if id(jaxpr) not in known:
+        sources: dict[Any, _Inputs] = {v: frozenset([i]) for i, v in enumerate(jaxpr.invars)}
+
+        def of(var):
+            return frozenset() if isinstance(var, Literal) else sources.get(var, frozenset())
+
+        for eqn in jaxpr.eqns:
+            operands = [of(v) for v in eqn.invars]
+            results = _results(eqn, operands, known)
+            sources.update(zip(eqn.outvars, results, strict=True))
+            # What is written into a mutable array is read through the same variable.
+            refs = [v for v in eqn.invars if _is_ref(v)]
+            sources.update(dict.fromkeys(refs, frozenset().union(*operands)))
+        known[id(jaxpr)] = jaxpr, [of(v) for v in jaxpr.outvars]
+    return known[id(jaxpr)][1]
+
+
+def _results(eqn: JaxprEqn, operands: list[_Inputs], known: _Known) -> list[_Inputs]:
+    """What each result of an equation depends on, given what its operands do."""
+    inner = _inside(eqn)
+
+    def through(jaxpr, inputs):
+        return [_union(inputs[i] for i in found) for found in _dependence(jaxpr, known)]
+
+    match _kind(eqn, inner):
+        case "identity":
+            return operands
+        case "call":
+            return through(inner[0], operands)
+        case "cond":
+            branches = [through(branch, operands[1:]) for branch in inner]
+            return [operands[0].union(*results) for results in zip(*branches, strict=True)]
+        case "scan":
+            loop = _scan(eqn, inner[0])
+            inputs = list(operands)
+            while True:
+                results = through(inner[0], inputs)
+                turned = list(inputs)
+                for k, carried in zip(loop.carry, results, strict=False):
+                    turned[k] |= carried
+                if turned == inputs:
+                    return [
+                        inputs[loop.carry[i]] if i < len(loop.carry) else found
+                        for i, found in enumerate(results)
+                    ]
+                inputs = turned
+        case "while":
+            condition, body = inner
+            carry = len(eqn.outvars)
+            consts = len(condition.invars) - carry
+            state = operands[-carry:]
+            while True:
+                (goes_on,) = through(condition, [*operands[:consts], *state])
+                results = through(body, [*operands[consts:-carry], *state])
+                turned = [s | r | goes_on for s, r in zip(state, results, strict=True)]
+                if turned == state:
+                    return state
+                state = turned
+    return [_union(operands)] * len(eqn.outvars)
+
+
+class Uses(NamedTuple):
+    """How often kernels are used."""
+
+    counts: list[int]  # 0, 1, or 2 for more than once
+    unknown: list[str]  # primitives with a use inside that could not be looked into
+
+
+def uses(fun: Callable[..., Any], which: Sequence[int], *args: Any) -> Uses:
+    """Count the taps of each kernel that `fun`'s first result depends on.
+
+    Each adds its cotangent to the kernel's.
+
+    Args:
+        fun: a function of trees of arrays.
+        which: positions among the leaves of `args`: the slots for low-rank gradients, which
+            nothing but taps (functions with a custom VJP) reads.
+        args: arguments to trace it with; shapes do.
+
+    Returns:
+        For each, how many taps read it, or what was made of it, in all turns of all loops; of a
+        conditional's branches and of different parts of a stack the largest count, and 2 for a
+        loop of unknown length, for a copy along a new axis, and for a low-rank product under a
+        `vmap` over examples.
+    """
+    closed = jax.make_jaxpr(fun)(*args)
+    unknown: list[str] = []
+    reached = [_Reached(i == 0, 0) for i in range(len(closed.out_avals))]
+    found = _backward(_open(closed), reached, unknown)
+    return Uses([found[i].taps for i in which], list(dict.fromkeys(unknown)))
+
+
+class _Reached(NamedTuple):
+    """What a value leads to."""
+
+    live: bool  # the result depends on it
+    taps: int  # how many taps read it or what was made of it; 2 for more than one
+
+    def __add__(self, other: Any) -> _Reached:
+        return _Reached(self.live or other.live, min(2, self.taps + other.taps))
+
+    def or_else(self, other: _Reached) -> _Reached:
+        """Where one of two happens."""
+        return _Reached(self.live or other.live, max(self.taps, other.taps))
+
+
+_NOTHING = _Reached(False, 0)
+
+
+def _backward(jaxpr: Any, outputs: Sequence[_Reached], unknown: list[str]) -> list[_Reached]:
+    """What the inputs of a jaxpr lead to, given what its outputs do."""
+    whole: dict[Any, _Reached] = {}
+    parts: dict[Any, dict[Any, _Reached]] = {}
+
+    def at(var):
+        return _largest(parts.get(var, {}).values()) + whole.get(var, _NOTHING)
+
+    def add(var, found, part=None):
+        if not isinstance(var, Literal):
+            where, key = (whole, var) if part is None else (parts.setdefault(var, {}), part)
+            where[key] = where.get(key, _NOTHING) + found
+
+    for var, found in zip(jaxpr.outvars, outputs, strict=True):
+        add(var, found)
+    for eqn in reversed(jaxpr.eqns):
+        # What is written into a mutable array leads to what is read from it.
+        results = [at(v) for v in (*eqn.outvars, *filter(_is_ref, eqn.invars))]
+        if any(found.live for found in results):
+            for var, found in zip(eqn.invars, _operands(eqn, results, unknown), strict=True):
+                add(var, found, _part(eqn))
+    return [at(v) for v in jaxpr.invars]
+
+
+def _operands(eqn: JaxprEqn, results: list[_Reached], unknown: list[str]) -> list[_Reached]:
+    """What each operand of an equation leads to, given what its results do."""
+    inner = _inside(eqn)
+    match _kind(eqn, inner):
+        case "tap":
+            # A tap that hands the weight on sees its cotangent summed over examples; one that
+            # multiplies with it is under their vmap.
+            multiplies = not inner or inner[0].eqns
+            rank = eqn.outvars[0].aval.ndim if multiplies else 0
+            return [_Reached(True, 2 if rank > v.aval.ndim else 1) for v in eqn.invars]
+        case "identity":
+            return results
+        case "call":
+            return _backward(inner[0], results, unknown)
+        case "cond":
+            branches = [_backward(branch, results, unknown) for branch in inner]
+            return [_Reached(True, 0), *map(_largest, zip(*branches, strict=True))]
+        case "scan":
+            loop = _scan(eqn, inner[0])
+            state = results  # of any turn: the loop's, or what the next turn makes of them
+            while True:
+                inputs = _backward(inner[0], state, unknown)
+                turned = list(state)
+                for i, k in enumerate(loop.carry):
+                    turned[i] = state[i].or_else(inputs[k])
+                if turned == state or loop.length == 1:
+                    break
+                state = turned
+            return [
+                found + found if k in loop.consts and loop.length != 1 else found
+                for k, found in enumerate(inputs)
+            ]
+        case "part":
+            return [_largest(results)] * len(eqn.invars)
+        case kind:
+            made = sum(results, _NOTHING)
+            if any(map(_taps_within, inner)):
+                if kind == "other":
+                    unknown.append(eqn.primitive.name)
+                made = _Reached(True, 2)
+            elif len(eqn.invars) == 1 and _size(eqn.outvars[0]) > _size(eqn.invars[0]):
+                made += made  # copies, as by a broadcast
+            return [made] * len(eqn.invars)
+
+
+def _kind(eqn: JaxprEqn, inner: list[Any]) -> str:
+    """What an equation does; "other" for all that is not known, or is not as expected."""
+    name, inputs = eqn.primitive.name, len(eqn.invars)
+    if name.startswith("custom_vjp"):
+        return "tap"
+    if any(map(_is_ref, eqn.invars)):
+        return "other"
+    if name in _PARTS:
+        return "part"
+    if name in _IDENTITIES and inputs == len(eqn.outvars):
+        return "identity"
+    sizes = [(len(jaxpr.invars), len(jaxpr.outvars)) for jaxpr in inner]
+    if name in _CALLS and sizes == [(inputs, len(eqn.outvars))]:
+        return "call"
+    if name == "cond" and sizes and set(sizes) == {(inputs - 1, len(eqn.outvars))}:
+        return "cond"
+    if name == "scan" and sizes == [(inputs, len(eqn.outvars))] and _scan(eqn, inner[0]):
+        return "scan"
+    if name == "while" and len(sizes) == 2 and eqn.outvars:
+        (conditions, one), (body, carry) = sizes
+        if one == 1 and carry == len(eqn.outvars) and conditions + body - carry == inputs:
+            return "while"
+    return "other"
+
+
+class _Loop(NamedTuple):
+    """What a scan's operands are, by position."""
+
+    consts: list[int]
+    carry: list[int]  # of results 0, 1, ...
+    length: int | None  # where a stacked operand or result tells
+
+
+def _scan(eqn: JaxprEqn, body: Any) -> _Loop | None:
+    """Tell a scan's operands apart; None where they are not as expected.
+
+    What is stacked has a leading axis more outside than inside. The carry comes first among the
+    results and behind the constants among the operands.
+    """
+    pairs = [
+        [(v.aval.shape, w.aval.shape) for v, w in zip(outside, inside, strict=True)]
+        for outside, inside in zip(
+            (eqn.invars, eqn.outvars), (body.invars, body.outvars), strict=True
+        )
+    ]
+    lengths = {out[0] for pair in pairs for out, within in pair if len(out) == len(within) + 1}
+    whole, carried = ([k for k, (out, within) in enumerate(p) if out == within] for p in pairs)
+    consts, carry = whole[: len(whole) - len(carried)], whole[len(whole) - len(carried) :]
+    fits = (
+        all(out in (within, (*lengths, *within)) for pair in pairs for out, within in pair)
+        and carried == list(range(len(carry)))
+        and [pairs[0][k][0] for k in carry] == [out for out, _ in pairs[1][: len(carry)]]
+    )
+    return _Loop(consts, carry, *(lengths or {None})) if fits else None
+
+
+def _part(eqn: JaxprEqn) -> Any:
+    """Which part of its operand an equation takes, alike for equal parts; None for all of it."""
+    if eqn.primitive.name not in _PARTS:
+        return None
+    indices = (v.val if isinstance(v, Literal) else id(v) for v in eqn.invars[1:])
+    return (eqn.primitive.name, str(eqn.params), *map(str, indices))
+
+
+def _inside(eqn: JaxprEqn) -> list[Any]:
+    """The jaxprs that an equation holds."""
+
+    def jaxprs(value) -> Iterator[Any]:
+        if isinstance(value, Jaxpr | ClosedJaxpr):
+            yield value
+        elif isinstance(value, list | tuple):
+            for x in value:
+                yield from jaxprs(x)
+
+    return [_open(x) for x in jaxprs(list(eqn.params.values()))]
+
+
+def _open(jaxpr: Any) -> Any:
+    """A jaxpr without its constants, which depend on no input."""
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+
+
+def _taps_within(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name.startswith("custom_vjp") or any(map(_taps_within, _inside(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _is_ref(var: Any) -> bool:
+    return hasattr(var.aval, "inner_aval")
+
+
+def _size(var: Any) -> int:
+    return math.prod(getattr(var.aval, "shape", ()))
+
+
+def _union(sets: Any) -> _Inputs:
+    return frozenset().union(*sets)
+
+
+def _largest(found: Any) -> _Reached:
+    largest = _NOTHING
+    for x in found:
+        largest = largest.or_else(x)
+    return largest
