@@ -98,28 +98,23 @@ def _results(eqn: JaxprEqn, operands: list[_Inputs], known: _Known) -> list[_Inp
         case "cond":
             branches = [through(branch, operands[1:]) for branch in inner]
             return [operands[0].union(*results) for results in zip(*branches, strict=True)]
-        case "scan":
-            loop = _scan(eqn, inner[0])
+        case _Loop(carry=carry):
             inputs = list(operands)
             while True:
                 results = through(inner[0], inputs)
                 turned = list(inputs)
-                for k, carried in zip(loop.carry, results, strict=False):
+                for k, carried in zip(carry, results, strict=False):
                     turned[k] |= carried
                 if turned == inputs:
-                    return [
-                        inputs[loop.carry[i]] if i < len(loop.carry) else found
-                        for i, found in enumerate(results)
-                    ]
+                    return [inputs[k] for k in carry] + results[len(carry) :]
                 inputs = turned
         case "while":
             condition, body = inner
-            carry = len(eqn.outvars)
-            consts = len(condition.invars) - carry
-            state = operands[-carry:]
+            state = operands[-len(eqn.outvars) :]
+            consts = len(condition.invars) - len(state)
             while True:
                 (goes_on,) = through(condition, [*operands[:consts], *state])
-                results = through(body, [*operands[consts:-carry], *state])
+                results = through(body, [*operands[consts : -len(state)], *state])
                 turned = [s | r | goes_on for s, r in zip(state, results, strict=True)]
                 if turned == state:
                     return state
@@ -207,8 +202,8 @@ def _operands(eqn: JaxprEqn, results: list[_Reached], unknown: list[str]) -> lis
             # A tap that hands the weight on sees its cotangent summed over examples; one that
             # multiplies with it is under their vmap.
             multiplies = not inner or inner[0].eqns
-            rank = eqn.outvars[0].aval.ndim if multiplies else 0
-            return [_Reached(True, 2 if rank > v.aval.ndim else 1) for v in eqn.invars]
+            rank = len(_shape(eqn.outvars[0])) if multiplies else 0
+            return [_Reached(True, 2 if rank > len(_shape(v)) else 1) for v in eqn.invars]
         case "identity":
             return results
         case "call":
@@ -216,19 +211,18 @@ def _operands(eqn: JaxprEqn, results: list[_Reached], unknown: list[str]) -> lis
         case "cond":
             branches = [_backward(branch, results, unknown) for branch in inner]
             return [_Reached(True, 0), *map(_largest, zip(*branches, strict=True))]
-        case "scan":
-            loop = _scan(eqn, inner[0])
+        case _Loop(consts, carry, length):
             state = results  # of any turn: the loop's, or what the next turn makes of them
             while True:
                 inputs = _backward(inner[0], state, unknown)
                 turned = list(state)
-                for i, k in enumerate(loop.carry):
+                for i, k in enumerate(carry):
                     turned[i] = state[i].or_else(inputs[k])
-                if turned == state or loop.length == 1:
+                if turned == state or length == 1:
                     break
                 state = turned
             return [
-                found + found if k in loop.consts and loop.length != 1 else found
+                found + found if k in consts and length != 1 else found
                 for k, found in enumerate(inputs)
             ]
         case "part":
@@ -244,7 +238,15 @@ def _operands(eqn: JaxprEqn, results: list[_Reached], unknown: list[str]) -> lis
             return [made] * len(eqn.invars)
 
 
-def _kind(eqn: JaxprEqn, inner: list[Any]) -> str:
+class _Loop(NamedTuple):
+    """What the operands of a scan are, by position."""
+
+    consts: list[int]
+    carry: list[int]  # of results 0, 1, ...
+    length: int | None  # where a stacked operand or result tells
+
+
+def _kind(eqn: JaxprEqn, inner: list[Any]) -> str | _Loop:
     """What an equation does; "other" for all that is not known, or is not as expected."""
     name, inputs = eqn.primitive.name, len(eqn.invars)
     if name.startswith("custom_vjp"):
@@ -260,21 +262,13 @@ def _kind(eqn: JaxprEqn, inner: list[Any]) -> str:
         return "call"
     if name == "cond" and sizes and set(sizes) == {(inputs - 1, len(eqn.outvars))}:
         return "cond"
-    if name == "scan" and sizes == [(inputs, len(eqn.outvars))] and _scan(eqn, inner[0]):
-        return "scan"
+    if name == "scan" and sizes == [(inputs, len(eqn.outvars))]:
+        return _scan(eqn, inner[0]) or "other"
     if name == "while" and len(sizes) == 2 and eqn.outvars:
         (conditions, one), (body, carry) = sizes
         if one == 1 and carry == len(eqn.outvars) and conditions + body - carry == inputs:
             return "while"
     return "other"
-
-
-class _Loop(NamedTuple):
-    """What a scan's operands are, by position."""
-
-    consts: list[int]
-    carry: list[int]  # of results 0, 1, ...
-    length: int | None  # where a stacked operand or result tells
 
 
 def _scan(eqn: JaxprEqn, body: Any) -> _Loop | None:
@@ -284,7 +278,7 @@ def _scan(eqn: JaxprEqn, body: Any) -> _Loop | None:
     results and behind the constants among the operands.
     """
     pairs = [
-        [(v.aval.shape, w.aval.shape) for v, w in zip(outside, inside, strict=True)]
+        [(_shape(v), _shape(w)) for v, w in zip(outside, inside, strict=True)]
         for outside, inside in zip(
             (eqn.invars, eqn.outvars), (body.invars, body.outvars), strict=True
         )
@@ -337,8 +331,12 @@ def _is_ref(var: Any) -> bool:
     return hasattr(var.aval, "inner_aval")
 
 
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
+
+
 def _size(var: Any) -> int:
-    return math.prod(getattr(var.aval, "shape", ()))
+    return math.prod(_shape(var))
 
 
 def _union(sets: Any) -> _Inputs:

@@ -256,16 +256,16 @@ def _check_each_used_once(taps: dict[int, _Tap], loss: Any, at: list[Any], *args
     """Raise where a loss uses a kernel twice: two gradients, each on a basis of its own."""
     first = np.cumsum([0, *(len(jax.tree.leaves(x)) for x in at)])
     found = dependence.uses(loss, [int(first[i]) for i in taps], at, *args)
-    unknown = "".join(f"; it cannot be told what '{x}' does" for x in found.unknown)
+    unknown = "".join(f"; what '{x}' does with it is not known" for x in found.unknown)
     for tap, count in zip(taps.values(), found.counts, strict=True):
         if count > 1:
             raise ValueError(
                 f"galore_jax.value_and_grad: the loss uses the kernel '{tap.rule.leaf.path}' more "
-                f"than once (tied weights, a recurrence, or a vmap over examples{unknown}), and each use "
-                "would refresh its projector. Keep it out with galore's exclude=, replace the "
-                "vmap by batched operations, move what only looks at weights out of the loss, or "
-                "take full gradients with jax.value_and_grad on the steps that refresh and pass "
-                "refresh=False on the others"
+                f"than once (tied weights, a recurrence, or a vmap over examples{unknown}), and "
+                "each use would refresh its projector. Keep it out with galore's exclude=, "
+                "replace the vmap by batched operations, move what only looks at weights out of "
+                "the loss, or take full gradients with jax.value_and_grad on the steps that "
+                "refresh and pass refresh=False on the others"
             )
 
 

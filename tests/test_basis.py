@@ -1,5 +1,7 @@
 """Every way to compute a projector gives an orthonormal basis of the leading directions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,12 @@ def matrix(rng, k, c, power=0.7):
 
 def basis(name, a, rank, previous=None):
     previous = jnp.eye(a.shape[0], rank) if previous is None else previous
-    return np.asarray(METHODS[name](jnp.asarray(a), rank, previous, lambda: jax.random.key(0)))
+    return np.asarray(compiled(name, rank)(jnp.asarray(a), previous))
+
+
+@functools.cache
+def compiled(name, rank):
+    return jax.jit(lambda a, previous: METHODS[name](a, rank, previous, lambda: jax.random.key(0)))
 
 
 def energy(p, a):

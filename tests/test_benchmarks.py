@@ -52,6 +52,7 @@ def small_models(monkeypatch):
         monkeypatch.setitem(llama.CONFIGS, name, SMALL)
 
 
+@pytest.mark.slow
 def test_memory(tmp_path, small_models, monkeypatch):
     monkeypatch.setattr(memory, "LONG", 32)
     monkeypatch.setattr(memory, "LENGTH", 16)
@@ -69,6 +70,7 @@ def test_memory(tmp_path, small_models, monkeypatch):
     assert found["estimates"].keys() == {memory.SMALLEST}
 
 
+@pytest.mark.slow
 def test_tiers(tmp_path, small_models, monkeypatch):
     monkeypatch.delitem(tiers.FORMS, "blocks stacked by the loss")
     few = "--rank 8 --batch 1 --length 8 --plain 1 --refreshes 1 --passes 1 --gap 4"
@@ -78,6 +80,7 @@ def test_tiers(tmp_path, small_models, monkeypatch):
     assert all(t > 0 for row in found["seconds"].values() for t in row.values())
 
 
+@pytest.mark.slow
 def test_gpu_smoke(tmp_path):
     gpu.main(["--smoke", "--rows", "tier 2", "--steps", "1", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "gpu_smoke.json").read_text())

@@ -28,7 +28,7 @@ def test_training_is_that_of_full_gradients(kind):
     inner, _, (want, (_, want_state), want_losses) = trained_in_full("plain", kind)
     got, state, losses = train_layerwise(loss_fn, inner, params, batches(20), clip_norm=0.2)
     loose = kind in LOOSE
-    assert relative(want, got, params) < (1e-2 if loose else 2e-4)
+    assert relative(want, got, params) < (1e-2 if loose else 5e-4)
     # Adam's steps along directions of next to no gradient are those of the machine's rounding.
     np.testing.assert_allclose(losses, want_losses, rtol=1e-2 if loose else 1e-4)
     assert jax.tree.structure(state) == jax.tree.structure(want_state)

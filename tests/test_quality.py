@@ -71,6 +71,7 @@ def test_bytes_are_those_of_the_formulas():
     assert max(rest) - min(rest) < 64
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_taken_again(
     tmp_path, monkeypatch, capsys
 ):

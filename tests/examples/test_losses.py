@@ -114,6 +114,7 @@ def test_model_with_a_chunked_loss(tied):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tier", "tied"),
     [("full", False), ("full", True), ("subspace", False), ("layerwise", False), ("eval", False)],

@@ -84,6 +84,7 @@ def test_run_learns_and_leaves_a_folder(folder, capsys):
     assert steps == {"45", "60"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_every_optimizer_takes_a_step_that_helps(folder, optimizer):
     config = config_lib.from_recipe(
@@ -108,12 +109,11 @@ SUBSPACE = ["--tier", "subspace", "--accumulate", "2", "--projector-dtype", "int
 SUBSPACE += ["--param-dtype", "bfloat16", "--stochastic-rounding", "--method", "random"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "data", "more"),
     [
-        ("galore_adamw", "texts", []),
         ("galore_adafactor", "hf:texts", []),
-        ("adamw", "texts", []),
         ("galore_adamw8bit", "texts", LAYERWISE),
         ("galore_lion8bit", "texts", SUBSPACE),
     ],
@@ -192,6 +192,7 @@ def test_accumulation_is_the_whole_batch():
     assert figures["grad_norm"] == pytest.approx(float(other["grad_norm"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_adds_bfloat16_gradients_in_float32():
     """512 equal microbatches: in bfloat16 the sum would stop growing half way."""
     config = dataclasses.replace(SMALL, param_dtype="bfloat16", init_scale=0.1, layers=1)
@@ -208,6 +209,7 @@ def test_accumulation_adds_bfloat16_gradients_in_float32():
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tier", "seed", "least", "most"),
     [
