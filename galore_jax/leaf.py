@@ -186,13 +186,16 @@ def bare(tree: Any) -> Any:
 
     `nnx.Optimizer` calls `init` with variables and `update` with bare arrays; the state
     must not depend on which. A variable is known by its methods, so that the library need
-    not import Flax.
+    not import Flax; before 0.12 it had a `raw_value` and no `get_value`.
     """
 
     def is_variable(x):
-        return hasattr(x, "get_value") and hasattr(x, "get_metadata")
+        return hasattr(x, "get_metadata") and (hasattr(x, "get_value") or hasattr(x, "raw_value"))
 
-    return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable)
+    def value(x):
+        return x.get_value() if hasattr(x, "get_value") else x.raw_value
+
+    return jax.tree.map(lambda x: value(x) if is_variable(x) else x, tree, is_leaf=is_variable)
 
 
 def owners(

@@ -83,6 +83,11 @@ def linen():
     return params, loss_fn
 
 
+def nnx_stack(make, layers, rngs):
+    """Stacked NNX modules; `rngs.split` is younger than the oldest Flax."""
+    return nnx.split_rngs(splits=layers)(nnx.vmap(make))(rngs)
+
+
 class NnxNet(nnx.Module):
     """A list of NNX layers, not stacked; the first two use the low-rank rule."""
 

@@ -1,9 +1,14 @@
 """Parameters, gradients and a numpy GaLore that the tests share."""
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+
+# Moved there in JAX 0.8.
+enable_x64 = (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64
 
 
 def normal(seed, *shape, dtype=np.float32):

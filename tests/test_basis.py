@@ -36,6 +36,7 @@ def energy(p, a):
     return np.sum((p.T @ a) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)

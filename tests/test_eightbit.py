@@ -21,6 +21,7 @@ from galore_jax.eightbit import (
     stacked_axes,
 )
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, decode
+from tests.models import nnx_stack
 from tests.problems import grads_like, normal, params_like, train
 
 SHAPES = {"kernel": (64, 128), "stack": (3, 64, 256), "odd": (67, 131), "bias": (300,)}
@@ -263,6 +264,7 @@ def test_not_finite_resets_its_element(make, bad, shape):
             assert np.mean(same) > 0.9  # the block's scale may have moved
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.lists(st.lists(st.sampled_from([1, 3, 7, 64, 130]), max_size=4), max_size=3),
     st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
@@ -417,7 +419,7 @@ def test_nnx_optimizer(make):
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.up = nnx.Linear(16, 512, rngs=rngs)
-            self.blocks = nnx.vmap(lambda r: nnx.Linear(512, 512, rngs=r))(rngs.split(3))
+            self.blocks = nnx_stack(lambda r: nnx.Linear(512, 512, rngs=r), 3, rngs)
             self.down = nnx.Linear(512, 4, rngs=rngs)
 
         def __call__(self, x):
@@ -438,8 +440,7 @@ def test_nnx_optimizer(make):
 
     losses = [float(step(model, optimizer)) for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0]
-    state = nnx.as_pure(nnx.state(optimizer))
-    dtypes = {x.dtype for x in jax.tree.leaves(state)}
+    dtypes = {x.dtype for x in jax.tree.leaves(nnx.state(optimizer))}
     assert np.dtype(np.uint8) in dtypes
 
 

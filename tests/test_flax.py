@@ -13,6 +13,7 @@ from flax.training.train_state import TrainState
 import galore_jax
 from galore_jax import galore
 from tests.family.members import MEMBERS
+from tests.models import nnx_stack
 from tests.problems import params_like
 
 OPTIONS = dict(rank=4, update_proj_gap=3, weight_dimension_numbers=galore_jax.last_two_axes)
@@ -44,7 +45,7 @@ class NNXBlock(nnx.Module):
 class NNXNet(nnx.Module):
     def __init__(self, rngs):
         self.up = nnx.Linear(12, 24, rngs=rngs)
-        self.blocks = nnx.vmap(NNXBlock)(rngs.split(3))
+        self.blocks = nnx_stack(NNXBlock, 3, rngs)
         self.lm_head = nnx.Linear(24, 8, rngs=rngs)
 
     def __call__(self, x):

@@ -30,6 +30,7 @@ def arrays_with_axes(draw):
     return shape, tuple(axes[:a]), tuple(axes[a:b])
 
 
+@pytest.mark.slow
 @given(arrays_with_axes(), st.sampled_from(["in", "out", "both"]))
 @settings(max_examples=60, deadline=None)
 def test_matrix_view_is_undone_and_slices_agree(case, side):

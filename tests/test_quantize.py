@@ -107,6 +107,7 @@ def test_codes_of_bitsandbytes_itself(fmt):
     assert np.mean((codes != kernel)[large]) < 0.02
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.sampled_from(list(FORMATS.values())),
     st.lists(st.integers(1, 40), max_size=4),

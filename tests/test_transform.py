@@ -12,6 +12,7 @@ import pytest
 import galore_jax
 from galore_jax import galore
 from tests.problems import (
+    enable_x64,
     galore_adamw_in_numpy,
     grads_like,
     low_rank_gradient,
@@ -121,6 +122,7 @@ def test_the_update_lies_in_the_subspace_and_scale_multiplies_it():
     close(0.25 * u, updates[0.25]["w"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("proj_type", "moments", "stagger"),
     [  # every pair of options
@@ -290,7 +292,7 @@ def test_dtypes_of_updates_and_state_are_stable(params_dtype, grads_dtype, proje
 
 
 def test_x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), params_like({"w": (12, 24)}))
         gradients = [low_rank_gradient(t, 12, 24).astype(np.float64) for t in range(5)]
         tx = galore_jax.galore_adamw(1e-2, weight_decay=0.1, rank=RANK, update_proj_gap=2)

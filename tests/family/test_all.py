@@ -69,6 +69,7 @@ def test_the_momentum_of_galore_muon_may_be_bfloat16():
     assert 0 < jnp.linalg.norm(want["w"] - got["w"]) < 0.02 * moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_nnx_optimizer_equals_the_functional_loop(name):
     tx = MEMBERS[name](**(STACK | {"rank": 4}))
@@ -96,6 +97,7 @@ def test_nnx_optimizer_equals_the_functional_loop(name):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_layer_by_layer_is_the_same(name):
     params, loss_fn = plain()
