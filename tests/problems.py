@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-
 # Moved there in JAX 0.8.
 enable_x64 = (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64
 
