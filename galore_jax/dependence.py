@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 # Calls, which hand their operands to the inputs of one jaxpr, in order and once. (A custom JVP is
 # one too; a custom VJP is not, since its cotangents need not follow from its value.)
@@ -306,18 +306,18 @@ def _inside(eqn: JaxprEqn) -> list[Any]:
     """The jaxprs that an equation holds."""
 
     def jaxprs(value) -> Iterator[Any]:
-        if isinstance(value, Jaxpr | ClosedJaxpr):
-            yield value
+        if isinstance(_open(value), Jaxpr):
+            yield _open(value)
         elif isinstance(value, list | tuple):
             for x in value:
                 yield from jaxprs(x)
 
-    return [_open(x) for x in jaxprs(list(eqn.params.values()))]
+    return list(jaxprs(list(eqn.params.values())))
 
 
 def _open(jaxpr: Any) -> Any:
-    """A jaxpr without its constants, which depend on no input."""
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    """A jaxpr without its constants, which depend on no input; closed ones had a type of theirs."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _taps_within(jaxpr: Any) -> bool:
