@@ -48,11 +48,8 @@ def split_affine(
     traced = dependence.trace(with_slope, like, like)
     _, slope, (_, next_state) = traced.depends
 
-    def used(results):
-        """Positions of the low-rank parameters, then of their directions, that results use."""
-        return sorted(frozenset().union(*jax.tree.leaves(results)))
-
-    sloped = used(slope)
+    # Positions of the low-rank parameters, then of their directions.
+    sloped, kept = (sorted(dependence.used(x)) for x in (slope, next_state))
     if sloped and sloped[0] < len(like):
         raise ValueError(
             "galore: the inner optimizer's update is not affine in params, as decoupled weight "
@@ -62,7 +59,7 @@ def split_affine(
             "optax.scale_by_adam(), rank=...), optax.scale_by_trust_ratio(), ...), or use "
             "galore_jax.galore_adafactor"
         )
-    if kept := used(next_state):
+    if kept:
         warnings.warn(
             "galore: the inner optimizer feeds params into its moments (leaf "
             f"'{paths[kept[0]]}'), as L2 regularisation and novograd do. Those lie in the "
@@ -78,5 +75,5 @@ def split_affine(
 
 def reads_params(init: Callable[[LowRank], Any], like: LowRank) -> list[bool]:
     """Whether an inner `init` uses the values of each low-rank parameter."""
-    used = frozenset().union(*jax.tree.leaves(dependence.trace(init, like).depends))
+    used = dependence.used(dependence.trace(init, like).depends)
     return [i in used for i in range(len(like))]

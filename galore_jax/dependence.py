@@ -60,6 +60,11 @@ def trace(fun: Callable[..., Any], *args: Any) -> Trace:
     return Trace(call, treedef.unflatten(_dependence(_open(closed), {})))
 
 
+def used(results: Any) -> frozenset[int]:
+    """The inputs that any result in a part of `Trace.depends` depends on."""
+    return _union(jax.tree.leaves(results))
+
+
 _Inputs = frozenset[int]
 _Known = dict[int, tuple[Any, list[_Inputs]]]  # by the id of a jaxpr, which it keeps alive
 

@@ -311,7 +311,7 @@ def _split(loss_fn: Callable[[Any], Any], params: Any, has_aux: bool) -> _Model:
         return value if has_aux else (value, None)
 
     depends = dependence.trace(before, {i: leaves[i] for i in rest}).depends
-    used_before = {rest[k] for k in frozenset().union(*jax.tree.leaves(depends))}
+    used_before = {rest[k] for k in dependence.used(depends)}
     return _Model(stacked, rest, used_before, before, block, after)
 
 

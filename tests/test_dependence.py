@@ -335,7 +335,10 @@ def the_same_part(slots):
 @pytest.mark.parametrize("fun", [part_by_part, layer_by_layer, split_in_two, the_same_part])
 def test_parts_of_a_stack(fun):
     slots = jnp.zeros(2)
-    loss = lambda slots: jnp.sum(fun(slots))  # noqa: E731
+
+    def loss(slots):
+        return jnp.sum(fun(slots))
+
     cotangents = jax.grad(loss)(slots)
     assert dependence.uses(loss, [0], slots).counts == [int(max(cotangents))]
 
