@@ -95,6 +95,7 @@ def test_codes_of_large_stacks_are_cut_into_layers():
     )
 
 
+@pytest.mark.slow
 def test_the_example_llama_trains_alike_in_all_tiers():
     config = llama.LlamaConfig(64, 32, 48, heads=2, layers=3, remat=True)
     graph, params = llama.create(config, 0)

@@ -133,6 +133,7 @@ def test_logits_see_only_the_past():
     assert (np.abs(before - after)[:, 9:].max(axis=-1) > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     ids = tokens(SMALL)
     graph, params = llama.create(SMALL, seed=0)
@@ -145,6 +146,7 @@ def test_remat_changes_no_gradient():
     assert "remat" in text or "checkpoint" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("param_dtype", "dtype"),
     [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],

@@ -99,6 +99,7 @@ SGD = optax.sgd(0.1)
 CONFIG = llama.LlamaConfig(97, 32, 48, heads=4, layers=2, init_scale=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_model_with_a_chunked_loss(tied):
     ids = np.random.default_rng(1).integers(0, 97, (2, 17))

@@ -59,6 +59,7 @@ def test_low_rank_weights_begin_as_the_nearest_of_their_rank(kind):
         np.testing.assert_allclose(got, best, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fixed_weight_gets_neither_gradient_nor_state(kind):
     graph, _, params = factorised(kind)
@@ -93,6 +94,7 @@ def training_optimizer(labels):
     return optimizers.create("adamw", 0.01, labels=labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", low_rank.RESTARTING)
 def test_a_restart_leaves_the_model_and_renews_its_factors(kind):
     _, _, params = factorised(kind)

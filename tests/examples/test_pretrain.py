@@ -1,6 +1,7 @@
 """The trainer end to end on a very small model: it learns, stops, resumes, names mistakes."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -84,21 +85,38 @@ def test_run_learns_and_leaves_a_folder(folder, capsys):
     assert steps == {"45", "60"}
 
 
+@functools.cache
+def small_problem():
+    """Parameters, and the gradient of their loss at one batch, compiled once for all optimizers."""
+    graph, params = llama.create(SMALL, seed=0)
+    tokens = np.random.default_rng(0).integers(0, 300, (4, 17))
+
+    def loss(params):
+        return jnp.mean(nnx.merge(graph, params).losses(tokens[:, :-1], tokens[:, 1:]))
+
+    return params, jax.jit(jax.value_and_grad(loss))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_every_optimizer_takes_a_step_that_helps(folder, optimizer):
     config = config_lib.from_recipe(
         "tiny", optimizer, 30, 4, rank=4, update_proj_gap=10, seq_len=16, vocab_size=300
     )
+    params, gradient = small_problem()
     schedule = pretrain.learning_rate_schedule(config, config.learning_rate)
-    graph, params = llama.create(SMALL, seed=0)
     tx = pretrain.make_optimizer(config, schedule, params)
-    step = training.make_train_step(graph, tx, schedule)
-    tokens = np.random.default_rng(0).integers(0, 300, (4, 17))
-    state, losses = training.new_state(params, tx), []
+
+    @jax.jit
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, losses = tx.init(params), []
     for _ in range(30):
-        state, figures = step(state, tokens)
-        losses.append(float(figures["loss"]))
+        loss, grads = gradient(params)
+        params, state = step(grads, state, params)
+        losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.2
     assert step._cache_size() == 1
 
@@ -136,6 +154,7 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, monkeypatch, optimizer
     jax.tree.map(np.testing.assert_array_equal, whole["state"], parts["state"])
 
 
+@pytest.mark.slow
 def test_tiers_train_alike_and_continue_each_other(folder):
     """Refreshes after 0, 5 and 10 steps, clipped gradients, a chunked loss."""
     flags = ["--steps", "12", "--clip", "0.3", "--loss-chunk", "9600", "--sample-tokens", "0"]
@@ -155,6 +174,7 @@ def test_tiers_train_alike_and_continue_each_other(folder):
     assert not any("grad_norm" in row for row in rows["layerwise"])
 
 
+@pytest.mark.slow
 def test_resume_takes_lost_steps_again(folder):
     """A run that died after its last checkpoint: logged steps are dropped and repeated."""
     flags = ["--steps", "14", "--save-every", "4"]
@@ -173,6 +193,7 @@ def test_resume_takes_lost_steps_again(folder):
 # --- The step and the evaluation ---
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch():
     config = dataclasses.replace(SMALL, init_scale=0.1)
     tokens = np.random.default_rng(0).integers(0, 300, (8, 17))

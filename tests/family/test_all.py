@@ -1,5 +1,7 @@
 """What every member of the family does: stacks, NNX, checkpoints, hyperparameters, tiers."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import galore_jax
 from tests.family.members import FULL, IN_SUBSPACE, MEMBERS
 from tests.models import LAYERS, MODELS, OPTIONS, batches, plain
 from tests.problems import grads_like, params_like, train
-from tests.test_flax import NNXNet, nnx_step
+from tests.test_flax import NNXNet, X, Y
 from tests.test_layers import train_layerwise
 from tests.test_subspace import full, relative
 from tests.test_subspace import train as train_model
@@ -24,6 +26,7 @@ STACK = dict(rank=2, update_proj_gap=3, weight_dimension_numbers=galore_jax.last
 RANDOM = ("golore", "coordinates", "apollo", "apollo_mini", "galore_muon")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in MEMBERS if n not in RANDOM and "stagger" not in n])
 def test_a_stacked_leaf_is_its_layers(name):
     tx = MEMBERS[name](**STACK)
@@ -69,29 +72,37 @@ def test_the_momentum_of_galore_muon_may_be_bfloat16():
     assert 0 < jnp.linalg.norm(want["w"] - got["w"]) < 0.02 * moved
 
 
+@functools.cache
+def net():
+    """An NNX model, and the gradient of its loss, compiled once for all members."""
+    graph, start = nnx.split(NNXNet(nnx.Rngs(0)), nnx.Param)
+    loss = lambda p: jnp.mean((nnx.merge(graph, p)(X) - Y) ** 2)  # noqa: E731
+    return graph, start, jax.jit(jax.value_and_grad(loss))
+
+
+@nnx.jit
+def nnx_update(optimizer, model, grads):
+    optimizer.update(model, grads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_nnx_optimizer_equals_the_functional_loop(name):
     tx = MEMBERS[name](**(STACK | {"rank": 4}))
-    model = NNXNet(nnx.Rngs(0))
-    graph, start = nnx.split(model, nnx.Param)
-    params = nnx.to_pure_dict(jax.tree.map(jnp.copy, start))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    losses = [float(nnx_step(model, optimizer)) for _ in range(6)]
+    graph, start, gradient = net()
+    model = nnx.merge(graph, jax.tree.map(jnp.copy, start))
+    optimizer, losses = nnx.Optimizer(model, tx, wrt=nnx.Param), []
+    for _ in range(6):
+        loss, grads = gradient(nnx.state(model, nnx.Param))
+        nnx_update(optimizer, model, grads)
+        losses.append(float(loss))
 
-    @jax.jit
-    def step(params, state):
-        from tests.test_flax import X, Y
-
-        loss, grads = jax.value_and_grad(lambda p: jnp.mean((nnx.merge(graph, p)(X) - Y) ** 2))(
-            params
-        )
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
+    params, update = nnx.to_pure_dict(start), jax.jit(tx.update)
     state, want = tx.init(params), []
     for _ in range(6):
-        params, state, loss = step(params, state)
+        loss, grads = gradient(params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
         want.append(float(loss))
     np.testing.assert_allclose(losses, want, rtol=2e-4)
     assert losses[-1] < losses[0]
@@ -140,6 +151,7 @@ INJECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INJECTED)
 def test_hyperparameters_can_be_injected(name):
     make, static = INJECTED[name]
