@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 from benchmarks import report
-from galore_jax import eightbit, quantize
+from galore_jax import quantize
+from galore_jax.optimizers import eightbit
 from galore_jax.quantize import BLOCK, DYNAMIC
 
 SHAPES = [*[(8, 128, 512)] * 4, *[(8, 128, 1376)] * 3, (512, 1376)]

@@ -23,8 +23,8 @@ import numpy as np
 import optax
 
 import galore_jax
-from benchmarks import report
-from galore_jax.basis import METHODS
+from benchmarks import report, steps
+from galore_jax.projector.basis import METHODS
 
 D, FF, LAYERS, RANK = 512, 1376, 8, 128
 SHAPES = {
@@ -73,10 +73,7 @@ class JaxStep:
         return self.params
 
     def refresh(self):
-        def rewound(x):
-            return jnp.zeros_like(x) if x.dtype == jnp.int32 else x
-
-        self.state = jax.tree.map(rewound, self.state)
+        self.state = steps.at(self.state, 0)
         return self.plain()
 
 

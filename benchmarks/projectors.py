@@ -27,7 +27,7 @@ from flax import nnx
 import galore_jax
 from benchmarks import report
 from examples import data, llama
-from galore_jax.basis import METHODS
+from galore_jax.projector.basis import METHODS
 
 LEAST = 0.999
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")

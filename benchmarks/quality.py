@@ -31,15 +31,15 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import matplotlib.figure
-import optax
 
-from benchmarks import report
+from benchmarks import low_rank, report
 from examples import config as config_lib
-from examples import llama, low_rank, pretrain, training
+from examples import pretrain, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +83,10 @@ METHODS = {
     "galore_muon, rank 8": _muon_variant("--rank", "8"),
     "galore_muon, random directions": _muon_variant("--method", "random"),
     "galore_muon, GaLore's subspace": _muon_variant("--method", "randomized"),
-    "LoRA": Method(("--optimizer", "adamw", "--weights", "lora"), 2e-3, "silver"),
-    "ReLoRA": Method(("--optimizer", "adamw", "--weights", "relora"), 2e-3, "silver"),
-    "low rank": Method(("--optimizer", "adamw", "--weights", "low_rank"), 2e-3, "silver"),
-    "low rank, refactored": Method(
-        ("--optimizer", "adamw", "--weights", "refactored"), 2e-3, "silver"
-    ),
+    "LoRA": Method(("--weights", "lora"), 2e-3, "silver"),
+    "ReLoRA": Method(("--weights", "relora"), 2e-3, "silver"),
+    "low rank": Method(("--weights", "low_rank"), 2e-3, "silver"),
+    "low rank, refactored": Method(("--weights", "refactored"), 2e-3, "silver"),
 }
 NOT_MEASURED = "not measured"  # in the place of the rows, where there was no GPU
 # Of other authors, or as they are: what the family is measured against.
@@ -151,6 +149,20 @@ class Run:
             del flags["--embedding-learning-rate"]
         return [*budget.flags, *own, *(str(x) for item in flags.items() for x in item)]
 
+    @property
+    def program(self) -> str:
+        """The module that takes these flags."""
+        factored = "--weights" in METHODS[self.method].flags
+        return "benchmarks.low_rank" if factored else "examples.pretrain"
+
+    def config(self, budget: Budget) -> tuple[config_lib.Config, Callable[..., pretrain.Setup]]:
+        """Its settings, and what makes of them the model and optimizer that it trains."""
+        flags, make = self.flags(budget), pretrain.setup
+        if self.program == "benchmarks.low_rank":
+            weights, rank, gap, flags = low_rank.split_flags(flags)
+            make = low_rank.make_setup(weights, rank, gap)
+        return config_lib.parse(flags), make
+
     def folder(self, budget: Budget, root: pathlib.Path) -> pathlib.Path:
         """Where it lies; another setting is another folder."""
         digest = zlib.crc32(" ".join(self.flags(budget)).encode())
@@ -172,8 +184,9 @@ def train(run: Run, budget: Budget, root: pathlib.Path, cores: set[int] | None) 
     """Do the run, or what is left of it; its final validation loss, infinite if it diverged."""
     folder = run.folder(budget, root)
     if not rows(folder):
-        command = [sys.executable, "-m", "examples.pretrain"]
+        command = [sys.executable, "-m", run.program]
         if (folder / "checkpoints").exists() and any((folder / "checkpoints").glob("[0-9]*")):
+            command += [*METHODS[run.method].flags[: 2 * (run.program != "examples.pretrain")]]
             command += ["--resume", str(folder)]
         else:
             (folder / "config.json").unlink(missing_ok=True)
@@ -203,18 +216,15 @@ def tune(train_at, first: float, reach: int) -> dict[float, float]:
         found[missing[0]] = train_at(first * 2.0 ** missing[0])
 
 
+def _state(setup: pretrain.Setup) -> training.State:
+    return training.new_state(setup.params, setup.tx)
+
+
 def state_bytes(run: Run, budget: Budget) -> dict[str, int]:
     """Bytes of weights and optimizer state, and of the part that belongs to the kernels."""
-    config = config_lib.parse(run.flags(budget))
-
-    def init():
-        _, params = llama.create(pretrain.model_config(config), 0)
-        return low_rank.factorise(config.weights, params, config.rank, jax.random.key(0))
-
-    params = jax.eval_shape(init)
-    schedule = optax.constant_schedule(run.rate)
-    tx = pretrain.make_optimizer(config, schedule, params)
-    state = jax.eval_shape(tx.init, params)
+    config, make = run.config(budget)
+    state = jax.eval_shape(lambda: _state(make(config)))
+    params, state = state["params"], state["opt_state"]
 
     def of_kernels(path, x) -> bool:
         return bool(x.ndim) and "['blocks']" in path and "['kernel']" in path
@@ -240,16 +250,13 @@ def measure_speed(runs: dict[str, Run], budget: Budget, rounds: int, steps: int)
     """
     work = {}
     for name, run in runs.items():
-        config = config_lib.parse(run.flags(budget))
-        graph, params = llama.create(pretrain.model_config(config), 0)
-        params = low_rank.factorise(config.weights, params, config.rank, jax.random.key(0))
-        schedule = pretrain.learning_rate_schedule(config, config.learning_rate)
-        tx = pretrain.make_optimizer(config, schedule, params)
-        step = training.make_train_step(graph, tx, schedule, config.accumulate)
+        config, make = run.config(budget)
+        setup = make(config)
+        step = training.make_train_step(setup.model_of, setup.tx, setup.schedule, config.accumulate)
         tokens = jax.random.randint(
             jax.random.key(0), (config.batch_size, config.seq_len + 1), 0, config.vocab_size
         )
-        state, _ = step(training.new_state(params, tx), tokens)  # compiles, and refreshes
+        state, _ = step(_state(setup), tokens)  # compiles, and refreshes
         work[name] = [step, jax.block_until_ready(state), tokens]
     seconds = dict.fromkeys(work, 0.0)
     for _ in range(rounds):

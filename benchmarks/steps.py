@@ -11,7 +11,7 @@ from optax.contrib import GaLoreDimensionNumbers
 
 import galore_jax
 from examples import llama
-from galore_jax.eightbit import adamw8bit
+from galore_jax import adamw8bit
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
 Step = Callable[[Any, Any, jax.Array], tuple[Any, Any, jax.Array]]
@@ -179,10 +179,23 @@ class Running:
 
     def at(self, count: int) -> "Running":
         """Set every counter: 0 or a multiple of T is a refresh, the steps after it are plain."""
-        self.state = jax.tree.map(
-            lambda x: jnp.full_like(x, count) if x.dtype == jnp.int32 else x, self.state
-        )
+        self.state = at(self.state, count)
         return self
+
+
+def at(state: Any, count: int) -> Any:
+    """An optimizer's state with every counter set, all matrices refreshed at the step before."""
+
+    def is_galore(x):
+        return isinstance(x, galore_jax.GaLoreState)
+
+    def refreshed_before(x):
+        if not is_galore(x):
+            return x
+        return x._replace(refreshed=jax.tree.map(lambda step: step - 1, x.refreshed))
+
+    counted = jax.tree.map(lambda x: jnp.full_like(x, count) if x.dtype == jnp.int32 else x, state)
+    return jax.tree.map(refreshed_before, counted, is_leaf=is_galore)
 
 
 def compiled(step: Step, params: Any, state: Any, tokens: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from examples import llama, low_rank, optimizers, training
+from examples import llama, optimizers, training
 from examples.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -25,10 +25,6 @@ class Config:
     optimizer: Literal[tuple(optimizers.OPTIMIZERS)]  # type: ignore[valid-type]
     """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, scale_sgd), or
     a full-rank counterpart."""
-    weights: low_rank.Weights = "full"
-    """How the blocks' kernels are written: `full`, or as the paper's baselines do, of --rank:
-    `lora`, `relora`, `low_rank`, `refactored` (the second and last begin anew every
-    --update-proj-gap steps); with --optimizer adamw."""
 
     # Data.
     data: tuple[str, ...] = ()
@@ -75,8 +71,8 @@ class Config:
     """Step from which projectors are random (GoLore); by default none are."""
     refresh: Literal["fixed", "lazy"] = "fixed"
     """`lazy`: a subspace that barely moves is refreshed less often."""
-    moments: Literal["keep", "reset", "rotate"] = "keep"
-    """What becomes of the moments at a refresh."""
+    moments: Literal["keep", "reset", "rotate"] | None = None
+    """What becomes of the moments at a refresh; by default the library's choice."""
     stagger: bool = False
     """Spread the refreshes over the steps between two of them."""
     projector_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
@@ -200,7 +196,8 @@ def check(config: Config) -> None:
             f"--warmup {config.warmup} leaves none of --steps {config.steps}. Give a smaller"
             " --warmup."
         )
-    if config.moments != "keep" and config.optimizer.endswith("8bit"):
+    _check_taken(config)
+    if config.moments not in (None, "keep") and config.optimizer.endswith("8bit"):
         raise UserError(
             f"--moments {config.moments}: --optimizer {config.optimizer} cannot change its 8-bit"
             " moments at a refresh. Give --moments keep, or another --optimizer."
@@ -210,21 +207,10 @@ def check(config: Config) -> None:
             f"--tier subspace: --optimizer {config.optimizer} needs full gradients. Give one of"
             f" {', '.join(optimizers.IN_SUBSPACE)}, or another --tier."
         )
-    if config.weights != "full" and (config.tier, config.optimizer) != ("full", "adamw"):
-        raise UserError(
-            f"--weights {config.weights} is a baseline beside GaLore. Give --optimizer adamw and"
-            " --tier full, or --weights full."
-        )
     if config.optimizer == "scale_sgd" and config.embedding_learning_rate is not None:
         raise UserError(
             "--embedding-learning-rate: --optimizer scale_sgd has rules of its own for embeddings"
             " and head. Leave one of them out."
-        )
-    smallest = llama.CONFIGS[config.model].hidden
-    if config.weights != "full" and config.rank > smallest:
-        raise UserError(
-            f"--rank {config.rank} is above the {smallest} of the smallest side of a kernel. Give"
-            " less, or --weights full."
         )
     if config.tier == "layerwise" and config.accumulate > 1:
         raise UserError(
@@ -244,10 +230,31 @@ def check(config: Config) -> None:
         )
 
 
+def _check_taken(config: Config) -> None:
+    """Refuses a setting that the optimizer does not take, where it is not the recipe's."""
+
+    def taken(name: str, optimizer: optimizers.Optimizer) -> bool:
+        if name == "weight_decay":
+            return optimizer.decays
+        return ("method" if name == "random_from" else name) in optimizer.options
+
+    recipe = from_recipe(config.model, config.optimizer, config.steps, config.batch_size)
+    for name in (*optimizers.GALORE, "random_from", "weight_decay"):
+        value = getattr(config, name)
+        given = value != getattr(recipe, name)
+        if given and not taken(name, optimizers.OPTIMIZERS[config.optimizer]):
+            other = next(k for k, o in optimizers.OPTIMIZERS.items() if taken(name, o))
+            raise UserError(
+                f"{flag(name)} {value}: --optimizer {config.optimizer} has no use for it. Leave it"
+                f" out, or give another --optimizer, such as {other}."
+            )
+
+
 def galore_options(config: Config) -> dict:
     """The settings `galore_jax.galore` takes."""
-    names = ["rank", "update_proj_gap", "scale", "proj_type", "refresh", "moments", "stagger"]
-    names += [name for name in ("method", "projector_dtype") if getattr(config, name)]
+    names = ["rank", "update_proj_gap", "scale", "proj_type", "refresh", "stagger"]
+    optional = ("method", "moments", "projector_dtype")
+    names += [name for name in optional if getattr(config, name) is not None]
     options = {name: getattr(config, name) for name in names}
     if config.random_from is not None:
         options["method"] = {0: config.method or "randomized", config.random_from: "random"}

@@ -13,6 +13,8 @@ recipes: Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -267,6 +269,11 @@ class Llama(nnx.Module):
             return token_losses(self.logits(x), targets)
         head, axis = (self.embed.embedding, 0) if config.tied else (self.lm_head.kernel, 1)
         return chunked_losses(x, head[...], targets, chunk=chunk, axis=axis)
+
+
+def from_graph(graph: nnx.GraphDef) -> Callable[[dict], Llama]:
+    """From parameters to the model that they belong to."""
+    return functools.partial(nnx.merge, graph)
 
 
 def create(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, dict]:

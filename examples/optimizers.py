@@ -9,10 +9,22 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax
-from examples import low_rank
 
 # As in the paper, Adafactor's learning rate is not in units of the size of the weights.
 ABSOLUTE_STEP = {"multiply_by_parameter_scale": False}
+
+
+def is_kernel(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf is a kernel of the blocks (or a factor of one): what GaLore projects."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return names[0] == "blocks" and "kernel" in names
+
+
+def labels(params: dict) -> dict:
+    """A tree of `kernel` for the blocks' kernels and `other` for embeddings, head and norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "kernel" if is_kernel(path) else "other", params
+    )
 
 
 def galore_lion8bit(
@@ -40,7 +52,7 @@ def muon(
     def kernels(params):
         spec = optax.contrib.MuonDimensionNumbers(-2, -1)
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: spec if low_rank.is_kernel(path) else None, params
+            lambda path, _: spec if is_kernel(path) else None, params
         )
 
     return optax.contrib.muon(
@@ -61,7 +73,7 @@ def optax_galore(
     def kernels(params):
         spec = optax.contrib.GaLoreDimensionNumbers()
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: spec if low_rank.is_kernel(path) and x.ndim == 2 else None, params
+            lambda path, x: spec if is_kernel(path) and x.ndim == 2 else None, params
         )
 
     tx = optax.contrib.galore(
@@ -71,7 +83,7 @@ def optax_galore(
 
     def unstacked(tree):
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: list(x) if low_rank.is_kernel(path) else x, tree
+            lambda path, x: list(x) if is_kernel(path) else x, tree
         )
 
     def update_fn(updates, state, params=None):
@@ -111,7 +123,7 @@ GALORE = (
 )
 _galore = functools.partial(Optimizer, options=GALORE, in_subspace=True)
 _outside = functools.partial(Optimizer, options=GALORE)
-_APOLLO = ("rank", "update_proj_gap", "proj_type")
+_MINI = ("update_proj_gap", "proj_type", "method")
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "galore_adamw": _galore(galore_jax.galore_adamw, 1.0),
@@ -129,12 +141,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
         functools.partial(galore_jax.galore_sgd, momentum=0.9), 40.0, decays=False
     ),
     "galore_muon": Optimizer(
-        galore_jax.galore_muon, 2.0, ("rank", "update_proj_gap", "proj_type", "method", "refresh")
+        galore_jax.galore_muon, 2.0, tuple(name for name in GALORE if name != "scale")
     ),
     "fira": _outside(galore_jax.fira, 1.0),
     "frugal": _outside(frugal, 1.0),
-    "apollo": Optimizer(galore_jax.apollo, 0.25, _APOLLO),
-    "apollo_mini": Optimizer(galore_jax.apollo_mini, 0.25, ("update_proj_gap", "proj_type")),
+    "apollo": Optimizer(galore_jax.apollo, 0.25, ("rank", *_MINI)),
+    "apollo_mini": Optimizer(galore_jax.apollo_mini, 0.25, _MINI),
     "ldadam": Optimizer(galore_jax.ldadam, 0.25, ("rank", "proj_type")),
     "scale_sgd": Optimizer(galore_jax.scale_sgd, 0.1),
     "optax_galore": Optimizer(
@@ -171,7 +183,8 @@ def create(
       clip: largest global norm of the gradient.
       embedding_learning_rate: trains embeddings, head and norms with AdamW at a rate of their own;
         it needs `labels`.
-      labels: the tree of `low_rank.labels`, where some weights are fixed or train differently.
+      labels: a tree of `kernel`, `other` and `fixed`, where some weights are fixed or train
+        differently; see `labels`.
       **galore_options: `rank` and the other arguments of `galore_jax.galore`; each optimizer gets
         those it takes, the full-rank ones none.
     """

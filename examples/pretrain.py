@@ -11,8 +11,8 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -21,7 +21,7 @@ import tqdm
 import galore_jax
 from examples import config as config_lib
 from examples import data as data_lib
-from examples import llama, low_rank, optimizers, runs, sampling, training
+from examples import llama, optimizers, runs, sampling, training
 from examples.config import Config
 from examples.errors import UserError
 
@@ -66,20 +66,21 @@ def model_config(config: Config) -> llama.LlamaConfig:
 
 
 def make_optimizer(
-    config: Config, schedule: optax.Schedule, params: dict
+    config: Config, schedule: optax.Schedule, labels: dict | None = None
 ) -> optax.GradientTransformation:
     """The optimizer of the run; what it refuses is a mistake in the flags.
 
     Layer by layer no link of it sees all gradients, so there the training step clips.
+
+    Args:
+        config: the settings.
+        schedule: the learning rate.
+        labels: see `optimizers.create`.
     """
-    apart: dict[str, Any] = {}
+    apart: dict[str, Any] = {"labels": labels}
     if config.embedding_learning_rate is not None:
         rate = learning_rate_schedule(config, config.embedding_learning_rate)
-        apart = {"embedding_learning_rate": rate}
-    if apart or config.weights != "full":
-        apart["labels"] = low_rank.labels(params)
-    if config.weights == "relora":
-        schedule = low_rank.rewarmed(schedule, config.update_proj_gap)
+        apart["embedding_learning_rate"] = rate
     try:
         return optimizers.create(
             config.optimizer,
@@ -91,6 +92,26 @@ def make_optimizer(
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer {config.optimizer}: {error}") from error
+
+
+class Setup(NamedTuple):
+    """What is trained; a benchmark puts something else in the place of a model's own weights."""
+
+    model_of: training.ModelOf
+    params: dict
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    # What happens to the training state before a step, given how many are done.
+    before_step: Callable[[int, training.State], training.State] | None = None
+
+
+def setup(config: Config) -> Setup:
+    """The model and the optimizer of a run."""
+    schedule = learning_rate_schedule(config, config.learning_rate)
+    graph, params = llama.create(model_config(config), config.seed)
+    apart = config.embedding_learning_rate is not None
+    tx = make_optimizer(config, schedule, optimizers.labels(params) if apart else None)
+    return Setup(llama.from_graph(graph), params, tx, schedule)
 
 
 def describe_data(config: Config, data: data_lib.Data) -> None:
@@ -105,7 +126,7 @@ def describe_data(config: Config, data: data_lib.Data) -> None:
     )
 
 
-def train(config: Config) -> dict[str, float]:
+def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str, float]:
     """Runs the training a config describes and returns the figures of its end."""
     began = time.perf_counter()
     data = data_lib.load(
@@ -118,10 +139,7 @@ def train(config: Config) -> dict[str, float]:
     )
     folder = open_run(config, data.tokenizer.to_str())
     describe_data(config, data)
-    schedule = learning_rate_schedule(config, config.learning_rate)
-    graph, params = llama.create(model_config(config), config.seed)
-    params = low_rank.factorise(config.weights, params, config.rank, jax.random.key(config.seed))
-    tx = make_optimizer(config, schedule, params)
+    model_of, params, tx, schedule, before_step = setup(config)
     print(f"model: {config.model}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
     if config.optimizer in optimizers.STACKED:
         print(galore_jax.summary(tx, params))
@@ -136,7 +154,7 @@ def train(config: Config) -> dict[str, float]:
         runs.truncate_metrics(folder, int(state["step"]))
     print(f"run folder: {folder}")
     train_step = training.make_train_step(
-        graph,
+        model_of,
         tx,
         schedule,
         config.accumulate,
@@ -144,10 +162,7 @@ def train(config: Config) -> dict[str, float]:
         clip=config.clip or None,
         rounding_key=jax.random.key(config.seed) if config.stochastic_rounding else None,
     )
-    eval_step = training.make_eval_step(graph)
-    restart = None
-    if config.weights in low_rank.RESTARTING:
-        restart = low_rank.make_restart(config.weights, config.seed)
+    eval_step = training.make_eval_step(model_of)
 
     def evaluate(params: dict, limit: int | None) -> dict[str, float]:
         """On the whole validation split, or `limit` batches spread evenly over it."""
@@ -163,8 +178,8 @@ def train(config: Config) -> dict[str, float]:
     pending, logged = [], time.perf_counter()
     bar = tqdm.tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
     for step in range(start + 1, stop + 1):
-        if restart is not None and step > 1 and (step - 1) % config.update_proj_gap == 0:
-            state = restart(state)
+        if before_step is not None:
+            state = before_step(step - 1, state)
         state, metrics = train_step(state, next(batches))
         # The metrics stay on the device until they are needed: reading them waits for the step.
         pending.append({"step": step, "tokens": step * step_tokens} | metrics)
@@ -202,8 +217,8 @@ def train(config: Config) -> dict[str, float]:
     print(", ".join(f"{key} {value:.6g}" for key, value in figures.items()))
     if config.sample_tokens:
         text = sampling.sample_text(
-            graph,
-            low_rank.assemble(state["params"]),
+            model_of,
+            state["params"],
             data.tokenizer,
             config.prompt,
             count=config.sample_tokens,
@@ -214,13 +229,13 @@ def train(config: Config) -> dict[str, float]:
     return figures
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, setup: Callable[[Config], Setup] = setup) -> int:
     """The command line: 0 for success, 2 for a mistake of the user."""
     run_dir = ""
     try:
         config = config_lib.parse(sys.argv[1:] if args is None else args)
         run_dir = config.run_dir
-        train(config)
+        train(config, setup)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,16 +5,18 @@ has learned.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import tokenizers
-from flax import nnx
+
+from examples import llama
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "count", "window"))
+@functools.partial(jax.jit, static_argnames=("model_of", "count", "window"))
 def sample_ids(
-    graph: nnx.GraphDef,
+    model_of: Callable[[dict], llama.Llama],
     params: dict,
     prompt: jax.Array,
     key: jax.Array,
@@ -27,7 +29,7 @@ def sample_ids(
 
     The model sees the last `window` tokens at most.
     """
-    model = nnx.merge(graph, params)
+    model = model_of(params)
     total = prompt.shape[0] + count
     # Room for a whole window even where the text is shorter: what lies after a token cannot
     # change its logits.
@@ -44,7 +46,7 @@ def sample_ids(
 
 
 def sample_text(
-    graph: nnx.GraphDef,
+    model_of: Callable[[dict], llama.Llama],
     params: dict,
     tokenizer: tokenizers.Tokenizer,
     prompt: str,
@@ -57,7 +59,7 @@ def sample_text(
     """`prompt`, continued by `count` tokens."""
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     out = sample_ids(
-        graph,
+        model_of,
         params,
         jnp.array(ids, jnp.int32),
         jax.random.key(seed),

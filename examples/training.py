@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 import galore_jax
-from examples import low_rank
+from examples import llama
 
 State = dict  # params, opt_state, step: everything a step reads and writes.
 # Where the gradients are: whole, in the subspace, or of one layer at a time.
 Tier = Literal["full", "subspace", "layerwise"]
+# From parameters to the model, as by `llama.from_graph`.
+ModelOf = Callable[[dict], llama.Llama]
 
 
 def new_state(params: dict, tx: optax.GradientTransformation) -> State:
@@ -24,7 +25,7 @@ def new_state(params: dict, tx: optax.GradientTransformation) -> State:
 
 
 def make_train_step(
-    graph: nnx.GraphDef,
+    model_of: ModelOf,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulate: int = 1,
@@ -38,7 +39,7 @@ def make_train_step(
     The state is the same in all tiers, and so is what they compute.
 
     Args:
-      graph: static part of the model, from `llama.create`; with `remat` for layerwise.
+      model_of: from parameters to the model; with `remat` for layerwise.
       tx: the optimizer.
       schedule: the learning rate by step, only to report it.
       accumulate: number of equal microbatches a batch is cut into; 1 for layerwise. Their
@@ -56,8 +57,7 @@ def make_train_step(
     """
 
     def loss_fn(params: dict, tokens: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, low_rank.assemble(params))
-        return jnp.mean(model.losses(tokens[:, :-1], tokens[:, 1:]))
+        return jnp.mean(model_of(params).losses(tokens[:, :-1], tokens[:, 1:]))
 
     def full_gradient(params: dict, opt_state: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
         if accumulate == 1:
@@ -99,13 +99,12 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(graph: nnx.GraphDef) -> Callable[..., jax.Array]:
+def make_eval_step(model_of: ModelOf) -> Callable[..., jax.Array]:
     """`eval_step(params, tokens, mask)`: summed loss of the targets that count, by sequence."""
 
     @jax.jit
     def eval_step(params: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, low_rank.assemble(params))
-        losses = model.losses(tokens[:, :-1], tokens[:, 1:])
+        losses = model_of(params).losses(tokens[:, :-1], tokens[:, 1:])
         return jnp.sum(jnp.where(mask, losses, 0.0), axis=-1)
 
     return eval_step

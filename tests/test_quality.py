@@ -62,9 +62,12 @@ def test_bytes_are_those_of_the_formulas():
     bases = 4 * sum(r * m for m, _ in sides)
     assert sizes["AdamW"]["state_of_kernels"] == 4 * 2 * kernels
     assert sizes["Muon"]["state_of_kernels"] == 4 * kernels
-    assert sizes["GaLore"]["state_of_kernels"] == 4 * (2 * low + bases)
+    steps = 4 * len(sides)  # of the last refresh, by matrix
+    assert sizes["GaLore"]["state_of_kernels"] == 4 * (2 * low + bases + steps)
     assert sizes["APOLLO"]["state_of_kernels"] == 4 * (2 * low + 4 * 7)  # and norms
-    assert sizes["galore_muon"]["state_of_kernels"] == 4 * (low + 4 * 7 * r)  # and which rows
+    assert sizes["galore_muon"]["state_of_kernels"] == 4 * (
+        low + 4 * 7 * r + steps
+    )  # and which rows
     assert sizes["LoRA"]["weights"] == sizes["AdamW"]["weights"] + 4 * (low + bases)
     # Embedding, head and norms are AdamW's everywhere.
     rest = {s["state"] - s["state_of_kernels"] for s in sizes.values()}
@@ -117,7 +120,7 @@ def test_every_row_is_a_command_line_that_pretrain_takes(name):
     budget = quality.BUDGETS[name]
     for method in quality.METHODS:
         run = quality.Run(method, 0.01, budget.steps, 3)
-        config = config_lib.parse(run.flags(budget))
+        config = run.config(budget)[0]
         assert (config.steps, config.seed, config.learning_rate) == (budget.steps, 3, 0.01)
         assert config.rank > 0
     golore = quality.Run("GoLore", 0.01, budget.steps, 0)

@@ -130,11 +130,11 @@ def test_logits_of_all_tokens_never_exist(tier, tied):
         graph, params = llama.create(config, 0)
         if tier == "eval":
             mask = jax.ShapeDtypeStruct((4, 64), bool)
-            lowered = training.make_eval_step(graph).lower(params, tokens, mask)
+            lowered = training.make_eval_step(llama.from_graph(graph)).lower(params, tokens, mask)
         else:
             options = {"weight_dimension_numbers": galore_jax.last_two_axes, "method": "random"}
             tx = galore_jax.galore_sgd(0.1, rank=4, **options) if tier == "subspace" else SGD
-            step = training.make_train_step(graph, tx, lambda _: 0.1, tier=tier)
+            step = training.make_train_step(llama.from_graph(graph), tx, lambda _: 0.1, tier=tier)
             lowered = step.lower(training.new_state(params, tx), tokens)
         compiled = lowered.compile()
         whole = any(f"[{n},{words}]" in compiled.as_text() for n in ("256", "4,64"))

@@ -1,5 +1,7 @@
 """Low-rank weights, the paper's baselines: other ways to write the kernels of a LLaMA's blocks.
 
+    python -m benchmarks.low_rank --weights lora --rank 32 [flags of examples.pretrain]
+
 A kernel (layers, in, out) becomes a dict of factors, and `assemble` multiplies it out again
 where the model needs it, so the model, the loss and the optimizers stay what they are:
 
@@ -12,24 +14,28 @@ where the model needs it, so the model, the loss and the optimizers stay what th
                 paper has it                 Lialin et al., https://arxiv.org/abs/2307.05695
 """
 
+import argparse
+import sys
+import typing
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
-Weights = Literal["full", "lora", "relora", "low_rank", "refactored"]
+from examples import llama, pretrain
+from examples.config import Config
+from examples.errors import UserError
+from examples.optimizers import is_kernel
+
+Weights = Literal["lora", "relora", "low_rank", "refactored"]
+WEIGHTS: tuple[Weights, ...] = typing.get_args(Weights)
 RESTARTING = ("relora", "refactored")
 # Steps of the warmup after each restart of ReLoRA, as a share of the steps between two.
 REWARM = 0.1
-
-
-def is_kernel(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf is a kernel of the blocks (or a factor of one): what GaLore projects."""
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return names[0] == "blocks" and "kernel" in names
 
 
 def factorise(weights: Weights, params: dict, rank: int, key: jax.Array) -> dict:
@@ -41,8 +47,6 @@ def factorise(weights: Weights, params: dict, rank: int, key: jax.Array) -> dict
       rank: inner size of A (layers, in, rank) and B (layers, rank, out).
       key: of the random A of lora and relora, whose B is zero.
     """
-    if weights == "full":
-        return params
 
     def factors(path, w):
         if not is_kernel(path):
@@ -57,8 +61,6 @@ def factorise(weights: Weights, params: dict, rank: int, key: jax.Array) -> dict
 
 def assemble(params: dict) -> dict:
     """Multiply the factors out, giving the parameters of the model. W0 gets no gradient."""
-    if not any(map(_is_factors, jax.tree.leaves(params, is_leaf=_is_factors))):
-        return params
 
     def kernel(w):
         if not _is_factors(w):
@@ -91,8 +93,8 @@ def rewarmed(schedule: optax.Schedule, gap: int) -> optax.Schedule:
     return rate
 
 
-def make_restart(weights: Weights, seed: int) -> Callable[[dict], dict]:
-    """What happens every T steps: from one training state to the next, compiled."""
+def make_restart(weights: Weights, seed: int, gap: int) -> Callable[[int, dict], dict]:
+    """What happens before a step when so many are done: every T steps the factors begin anew."""
 
     def without(which: tuple[str, ...], state: Any) -> Any:
         """Zero the named moments of the kernels' factors."""
@@ -122,7 +124,9 @@ def make_restart(weights: Weights, seed: int) -> Callable[[dict], dict]:
         opt_state = without(which, state["opt_state"])
         return state | {"params": params, "opt_state": opt_state}
 
-    return jax.jit(restart, donate_argnums=0)
+    compiled = jax.jit(restart, donate_argnums=0)
+
+    return lambda done, state: compiled(state) if done and done % gap == 0 else state
 
 
 def balanced(w: jax.Array, rank: int) -> dict[str, jax.Array]:
@@ -146,3 +150,52 @@ def hash_of(name: str) -> int:
 
 def _is_factors(x: Any) -> bool:
     return isinstance(x, dict) and {"a", "b"} <= set(x) <= {"a", "b", "base"}
+
+
+def split_flags(args: Sequence[str]) -> tuple[Weights, int | None, int | None, list[str]]:
+    """Which weights, their rank, the steps between restarts, and the flags of `pretrain`."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--weights", choices=WEIGHTS, required=True)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--update-proj-gap", type=int)
+    own, rest = parser.parse_known_args(args)
+    return own.weights, own.rank, own.update_proj_gap, ["--optimizer", "adamw", *rest]
+
+
+def make_setup(
+    weights: Weights, rank: int | None = None, gap: int | None = None
+) -> Callable[[Config], pretrain.Setup]:
+    """`pretrain.setup` with such weights; rank and gap are the recipe's by default."""
+
+    def setup(config: Config) -> pretrain.Setup:
+        inner, steps = rank or config.rank, gap or config.update_proj_gap
+        smallest = llama.CONFIGS[config.model].hidden
+        if inner > smallest:
+            raise UserError(
+                f"--rank {inner} is above the {smallest} of the smallest side of a kernel. Give"
+                " less."
+            )
+        if (config.tier, config.optimizer) != ("full", "adamw"):
+            raise UserError(f"--weights {weights} goes with --optimizer adamw and --tier full.")
+        schedule = pretrain.learning_rate_schedule(config, config.learning_rate)
+        if weights == "relora":
+            schedule = rewarmed(schedule, steps)
+        graph, params = llama.create(pretrain.model_config(config), config.seed)
+        params = factorise(weights, params, inner, jax.random.key(config.seed))
+        tx = pretrain.make_optimizer(config, schedule, labels(params))
+        restart = make_restart(weights, config.seed, steps) if weights in RESTARTING else None
+        return pretrain.Setup(
+            lambda p: nnx.merge(graph, assemble(p)), params, tx, schedule, restart
+        )
+
+    return setup
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command line of `examples.pretrain`, with --weights."""
+    weights, rank, gap, rest = split_flags(sys.argv[1:] if args is None else args)
+    return pretrain.main(rest, make_setup(weights, rank, gap))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
