@@ -1,21 +1,30 @@
 """GaLore for Optax: memory-efficient training in a low-rank subspace of the gradient."""
 
-from galore_jax.adafactor import galore_adafactor
-from galore_jax.alias import galore_adamw, galore_adamw8bit, galore_lion, galore_sgd
 from galore_jax.chaining import chain, install
-from galore_jax.eightbit import adamw8bit, lion8bit, scale_by_adam8bit, scale_by_lion8bit
-from galore_jax.family.apollo import apollo, apollo_mini, scale_by_apollo
-from galore_jax.family.column_norm import scale_by_column_norm, scale_sgd
-from galore_jax.family.fira import fira, scale_by_fira
-from galore_jax.family.ldadam import ldadam, scale_by_ldadam
-from galore_jax.family.muon import galore_muon
-from galore_jax.layers import layerwise, value_and_update
+from galore_jax.layers.model import layerwise
+from galore_jax.layers.update import value_and_update
+from galore_jax.matrix.specs import last_two_axes
+from galore_jax.optimizers.adafactor import galore_adafactor
+from galore_jax.optimizers.alias import (
+    adamw8bit,
+    galore_adamw,
+    galore_adamw8bit,
+    galore_lion,
+    galore_sgd,
+    lion8bit,
+)
+from galore_jax.optimizers.apollo import apollo, apollo_mini, scale_by_apollo
+from galore_jax.optimizers.column_norm import scale_by_column_norm, scale_sgd
+from galore_jax.optimizers.eightbit import scale_by_adam8bit, scale_by_lion8bit
+from galore_jax.optimizers.fira import fira, scale_by_fira
+from galore_jax.optimizers.ldadam import ldadam, scale_by_ldadam
+from galore_jax.optimizers.muon import galore_muon
+from galore_jax.report import summary
 from galore_jax.rounding import apply_updates
-from galore_jax.specs import last_two_axes
-from galore_jax.subspace import value_and_grad
-from galore_jax.summary import summary
-from galore_jax.tap import dot_general, promote_dtype
-from galore_jax.transform import GaLoreState, galore
+from galore_jax.state import GaLoreState
+from galore_jax.subspace.gradients import value_and_grad
+from galore_jax.subspace.matmul import dot_general, promote_dtype
+from galore_jax.transform import galore
 
 install()
 

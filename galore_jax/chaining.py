@@ -5,14 +5,38 @@ These are the two places where Optax, unpatched, cannot let a projection do its 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import optax
 
-from galore_jax.refresh import only_if
-from galore_jax.transform import _Mark
+from galore_jax.call import Call
+from galore_jax.state import holds_galore
 
 _optax_chain = optax.chain
+
+
+class Mark(optax.GradientTransformationExtraArgs):
+    """A `galore` without an inner optimizer: `chain` wraps what follows it."""
+
+    around: Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]
+
+
+def mark(around: Callable[[optax.GradientTransformation], Any]) -> Mark:
+    """A link that stands for `around(what follows it)`."""
+
+    def refuse(*args, **kwargs):
+        raise ValueError(
+            "a galore(...) without an inner optimizer reached a transformation that does not know "
+            "it. Write galore_jax.chain(galore(rank=...), optax.adamw(...)) (which importing "
+            "galore_jax also installs as optax.chain), or galore(optax.adamw(...), rank=...)"
+        )
+
+    made = Mark(refuse, refuse)
+    made.around = around
+    return made
 
 
 @functools.wraps(_optax_chain)
@@ -41,7 +65,7 @@ def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationEx
         (2, 16)
     """
     for i, link in enumerate(args):
-        if not isinstance(link, _Mark):
+        if not isinstance(link, Mark):
             continue
         rest = args[i + 1 :]
         if not rest:
@@ -49,7 +73,7 @@ def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationEx
                 "chain: nothing follows galore(...), so nothing would run in the subspace. Put "
                 "the optimizer after it: chain(galore(rank=128), optax.adamw(1e-3))"
             )
-        if any(isinstance(r, _Mark) for r in rest):
+        if any(isinstance(r, Mark) for r in rest):
             raise ValueError("chain: two bare galore(...) links; the gradient is projected once")
         # One link stays bare: the state is then the same as the wrapper's.
         inner = rest[0] if len(rest) == 1 else _optax_chain(*rest)
@@ -64,12 +88,27 @@ _multi_steps_update = optax.MultiSteps.update
 def _update_telling_when_it_emits(self, updates, state, params=None, **extra_args):
     # MultiSteps runs the wrapped update at every micro-step and drops all results but the
     # last, so a refresh would decompose k times. Only it knows which micro-step is the last.
-    emitting = state.mini_step == self._every_k_schedule(state.gradient_step) - 1
-    with only_if(emitting):
-        return _multi_steps_update(self, updates, state, params, **extra_args)
+    if holds_galore(state.inner_opt_state):
+        emits = state.mini_step == self._every_k_schedule(state.gradient_step) - 1
+        call = extra_args.get("galore") or Call()
+        if call.emits is not None:  # of a MultiSteps around this one
+            emits &= call.emits
+        extra_args["galore"] = dataclasses.replace(call, emits=emits)
+    return _multi_steps_update(self, updates, state, params, **extra_args)
+
+
+def _gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
+    """As a link; one that hands on what it is told, which Optax's does not, where it matters."""
+
+    def update(updates, state, params=None, **extra_args):
+        told = extra_args if holds_galore(state.inner_opt_state) else {}
+        return self.update(updates, state, params, **told)
+
+    return optax.GradientTransformationExtraArgs(self.init, update)
 
 
 def install() -> None:
-    """Put `chain` and the telling update into Optax; doing it twice changes nothing."""
+    """Put these into Optax; doing it twice changes nothing."""
     optax.chain = chain
     optax.MultiSteps.update = _update_telling_when_it_emits
+    optax.MultiSteps.gradient_transformation = _gradient_transformation

@@ -1,27 +1,46 @@
-"""Errors that name the argument, the value and the leaf."""
+"""Whether what an update is given fits the optimizer; errors that name value and leaf."""
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from galore_jax.leaf import Leaf, Plan, Sites
-from galore_jax.lowrank import is_projected
-from galore_jax.projection import INDICES, QUANTISED, Storage, stored_shapes
+from galore_jax.matrix.plan import Plan
+from galore_jax.matrix.trees import Sites, path_string
+from galore_jax.matrix.view import MatrixView
+from galore_jax.projector.gradient import is_projected
+from galore_jax.projector.storage import Storage, stored_shapes
 from galore_jax.quantize import Encoded
-from galore_jax.specs import path_string
-
-PROJECTOR_DTYPES = ("float32", "bfloat16", *QUANTISED)
+from galore_jax.state import is_state
 
 
-def check_shapes(updates: Any, params: Any) -> None:
+def check_state(state: Any, lazy: bool) -> None:
+    """Raise for a state that is not a galore's, or of one whose refreshes were not lazy."""
+    if not is_state(state):
+        raise TypeError(
+            f"galore's state must be a GaLoreState, got {type(state).__name__}. A checkpoint "
+            "has to be restored with a target: jax.eval_shape(tx.init, params)"
+        )
+    if lazy and isinstance(state.turns_between, optax.EmptyState):
+        raise ValueError(
+            "galore's state is of a run with refresh='fixed': it has no turns_between, which "
+            "refresh='lazy' needs. Use the same option, or start from tx.init(params)"
+        )
+
+
+def check_gradients(updates: Any, params: Any) -> None:
     """Raise where gradients are not of the parameters' structure and shapes."""
+    if params is None:
+        if any(map(is_projected, jax.tree.leaves(updates, is_leaf=is_projected))):
+            raise ValueError(
+                "galore: gradients from galore_jax.value_and_grad need the parameters: call "
+                "tx.update(grads, state, params)"
+            )
+        return
     shapes = [
         {
             path_string(path): (x.shape if is_projected(x) else jnp.shape(x))
@@ -42,7 +61,7 @@ def check_projectors(plan: Plan, where: Sites, projector: Any, storage: Storage)
     """Raise where a state's projectors are not those of the plan."""
     trees = projector if isinstance(projector, Encoded) else (projector,)
     for leaf, *stored in zip(plan, *map(where.flatten, trees), strict=True):
-        projected = isinstance(leaf, Leaf)
+        projected = isinstance(leaf, MatrixView)
         wanted = stored_shapes(leaf, storage or leaf.dtype) if projected else None
         found = tuple(jnp.shape(p) for p in stored if not isinstance(p, optax.MaskedNode)) or None
         if wanted != found:
@@ -56,22 +75,24 @@ def check_projectors(plan: Plan, where: Sites, projector: Any, storage: Storage)
             )
 
 
-def check_projected(leaves: Sequence[Leaf], grads: Sequence[Any], needs: str | None = None) -> None:
+def check_projected(
+    views: Sequence[MatrixView], grads: Sequence[Any], needs: str | None = None
+) -> None:
     """Raise where gradients were projected by another optimizer's settings.
 
     Args:
-        leaves: the projected leaves.
+        views: the projected leaves.
         grads: their gradients, full or projected.
         needs: what needs full gradients, if anything does.
     """
-    for leaf, g in zip(leaves, grads, strict=True):
+    for view, g in zip(views, grads, strict=True):
         if is_projected(g) and needs is not None:
-            raise ValueError(needs_full(needs, leaf.path))
-        if is_projected(g) and (g.leaf.side, g.leaf.rank) != (leaf.side, leaf.rank):
+            raise ValueError(needs_full(needs, view.path))
+        if is_projected(g) and (g.view.side, g.view.rank) != (view.side, view.rank):
             raise ValueError(
-                f"the gradient of leaf '{leaf.path}' was projected on side '{g.leaf.side}' to rank "
-                f"{g.leaf.rank}, but this optimizer projects it on side '{leaf.side}' to rank "
-                f"{leaf.rank}: give galore_jax.value_and_grad the optimizer that updates"
+                f"the gradient of leaf '{view.path}' was projected on side '{g.view.side}' to rank "
+                f"{g.view.rank}, but this optimizer projects it on side '{view.side}' to rank "
+                f"{view.rank}: give galore_jax.value_and_grad the optimizer that updates"
             )
 
 
@@ -89,56 +110,3 @@ def needs_full(what: str, path: str) -> str:
         f"projection alone (leaf '{path}'). Use jax.value_and_grad, or "
         "galore_jax.value_and_update, which holds the gradient of one layer at a time"
     )
-
-
-def check_gap(gap: Any) -> None:
-    """Raise unless the gap is a step count."""
-    if isinstance(gap, jax.Array):  # traced or injected: its value may be unknown
-        return
-    if not isinstance(gap, numbers.Integral) or isinstance(gap, bool):
-        raise TypeError(f"update_proj_gap must be an int >= 1, got {gap!r}")
-    if int(gap) < 1:
-        raise ValueError(f"update_proj_gap must be an int >= 1, got {gap}")
-    if int(gap) >= 2**31:
-        raise ValueError(f"update_proj_gap must be below 2^31, as steps are, got {gap}")
-
-
-def check_scale(scale: Any) -> None:
-    """Raise unless the scale is one number."""
-    if not isinstance(scale, numbers.Real | jax.Array | np.ndarray) or np.shape(scale):  # type: ignore[arg-type]
-        raise TypeError(f"scale must be a number, got {scale!r}")
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def indices(projector_dtype: Any, proj_type: str) -> Storage:
-    """How to store coordinate directions; raise for options that make no sense with them."""
-    if projector_dtype is not None:
-        raise ValueError(
-            "method='coordinates' stores which rows it takes, so projector_dtype has no meaning, "
-            f"got {projector_dtype!r}; leave it out"
-        )
-    if proj_type == "full":
-        raise ValueError("method='coordinates' projects one side, not proj_type='full'")
-    return INDICES
-
-
-def projector_storage(dtype: Any) -> Storage:
-    """How to store projectors; None for the dtype of the arithmetic."""
-    if dtype is None:
-        return None
-    name = dtype
-    if not isinstance(dtype, str) or dtype not in QUANTISED:
-        try:
-            name = jnp.dtype(dtype).name
-        except TypeError:
-            name = None
-    if name not in PROJECTOR_DTYPES:
-        raise ValueError(
-            f"projector_dtype must be None or one of {', '.join(PROJECTOR_DTYPES)}, got {dtype!r}"
-        )
-    return QUANTISED[name] if name in QUANTISED else np.dtype(jnp.dtype(name))

@@ -8,6 +8,7 @@ depends on every operand, and a kernel that is used inside is used more than onc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -137,8 +138,6 @@ class Uses(NamedTuple):
 def uses(fun: Callable[..., Any], which: Sequence[int], *args: Any) -> Uses:
     """Count the taps of each kernel that `fun`'s first result depends on.
 
-    Each adds its cotangent to the kernel's.
-
     Args:
         fun: a function of trees of arrays.
         which: positions among the leaves of `args`: the slots for low-rank gradients, which
@@ -238,7 +237,9 @@ def _operands(eqn: JaxprEqn, results: list[_Reached], unknown: list[str]) -> lis
                 if kind == "other":
                     unknown.append(eqn.primitive.name)
                 made = _Reached(True, 2)
-            elif len(eqn.invars) == 1 and _size(eqn.outvars[0]) > _size(eqn.invars[0]):
+            elif len(eqn.invars) == 1 and math.prod(_shape(eqn.outvars[0])) > math.prod(
+                _shape(eqn.invars[0])
+            ):
                 made += made  # copies, as by a broadcast
             return [made] * len(eqn.invars)
 
@@ -340,16 +341,9 @@ def _shape(var: Any) -> tuple[int, ...]:
     return getattr(var.aval, "shape", ())
 
 
-def _size(var: Any) -> int:
-    return math.prod(_shape(var))
-
-
 def _union(sets: Any) -> _Inputs:
     return frozenset().union(*sets)
 
 
 def _largest(found: Any) -> _Reached:
-    largest = _NOTHING
-    for x in found:
-        largest = largest.or_else(x)
-    return largest
+    return functools.reduce(_Reached.or_else, found, _NOTHING)

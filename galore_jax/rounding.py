@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.lowrank import Factored
+from galore_jax.precision import wide
+from galore_jax.projector.update import FactoredUpdate
 
 
 def apply_updates(
@@ -64,9 +65,9 @@ def apply_updates(
         leaf_key = jax.random.fold_in(key, next(position))
         if jnp.result_type(p) != jnp.bfloat16:
             return optax.apply_updates(p, u)
-        if isinstance(u, Factored):
+        if isinstance(u, FactoredUpdate):
             return u.add_to(p, lambda x, i: _round(x, jax.random.fold_in(leaf_key, i)))
-        total = jnp.asarray(p).astype(jnp.float32) + jnp.asarray(u).astype(jnp.float32)
+        total = wide(p) + jnp.asarray(u).astype(jnp.float32)
         return _round(total, leaf_key)
 
     return jax.tree.map(apply, params, updates, is_leaf=lambda x: x is None)

@@ -7,88 +7,36 @@ https://arxiv.org/abs/2403.03507.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from galore_jax import checks
-from galore_jax import leaf as leaf_lib
-from galore_jax import moments as moments_lib
-from galore_jax.basis import Methods
-from galore_jax.basis import methods as read_methods
-from galore_jax.decay import reads_params, split_affine
-from galore_jax.lazy import next_pauses, pause_tree, pauses_of, unpaused
-from galore_jax.leaf import DEFAULT_EXCLUDE, Leaf, Rank, Sites, bare
-from galore_jax.lowrank import Factored, factored, is_projected, wide
-from galore_jax.probes import Probe, Record, probing, recorded
-from galore_jax.projection import (
-    default_projector,
-    from_tree,
-    lift,
-    load,
-    project,
-    storage_of,
-    store,
-    to_tree,
-)
-from galore_jax.refresh import Schedule, in_multi_steps, schedule
-from galore_jax.refresh import refresh as refresh_projectors
-from galore_jax.residual import column_ratio, outside_of
+from galore_jax.call import Call
+from galore_jax.chaining import mark
+from galore_jax.inner.decay import reads_params, split_affine
+from galore_jax.inner.moments import carry_over
+from galore_jax.inner.moments import check as check_moments
+from galore_jax.inner.residual import init_outside, update_outside
+from galore_jax.matrix.plan import sites, warn_about
+from galore_jax.matrix.trees import Sites, bare
+from galore_jax.precision import compiled_if_narrow, wide
+from galore_jax.projector.gradient import is_projected
+from galore_jax.projector.lazy import next_turns
+from galore_jax.projector.project import low_rank
+from galore_jax.projector.refresh import refresh
+from galore_jax.projector.schedule import NEVER, schedule
+from galore_jax.projector.storage import default_projector, from_tree, to_tree
+from galore_jax.projector.update import FactoredUpdate, lifted
+from galore_jax.settings import GaLoreOptions, Settings, is_transformation, takes
+from galore_jax.state import Asked, GaLoreState, answer
 
 
-class GaLoreState(NamedTuple):
-    """State of `galore`: a struct of trees of plain arrays."""
-
-    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
-    # Bases, batch + (m, r) or (n, r); MaskedNode where unprojected. Quantised: an `Encoded`,
-    # one tree of codes and one of scales.
-    projector: optax.Params
-    inner_state: optax.OptState  # of the inner optimizer, over low-rank arrays
-    # Of `residual`, over the matrices outside the subspace.
-    residual_state: optax.OptState = optax.EmptyState()
-    pauses: Any = optax.EmptyState()  # refresh="lazy": a `Pause` of trees, int32, batch
-
-
-class GaLoreOptions(TypedDict, total=False):
-    """Keyword options shared by `galore` and its aliases; see `galore`."""
-
-    update_proj_gap: jax.typing.ArrayLike
-    scale: jax.typing.ArrayLike
-    proj_type: str
-    method: str | Mapping[int, str]
-    refresh: str
-    stagger: bool
-    moments: str
-    residual: optax.GradientTransformation | None
-    exclude: str | None
-    weight_dimension_numbers: Any
-    projector_dtype: Any
-
-
-class _Mark(optax.GradientTransformationExtraArgs):
-    """A `galore` without an inner optimizer: `galore_jax.chain` wraps what follows it."""
-
-    around: Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]
-
-
+@takes(Settings)
 def galore(
-    inner: optax.GradientTransformation | None = None,
-    *,
-    rank: Rank,
-    update_proj_gap: jax.typing.ArrayLike = 200,
-    scale: jax.typing.ArrayLike = 0.25,
-    proj_type: str = "std",
-    method: str | Mapping[int, str] = "randomized",
-    refresh: str = "fixed",
-    stagger: bool = False,
-    moments: str = "keep",
-    residual: optax.GradientTransformation | None = None,
-    exclude: str | None = DEFAULT_EXCLUDE,
-    weight_dimension_numbers: Any = None,
-    projector_dtype: Any = None,
+    inner: optax.GradientTransformation | None = None, **options: Unpack[GaLoreOptions]
 ) -> optax.GradientTransformationExtraArgs:
     r"""Run an optimizer in a low-rank subspace of the gradient.
 
@@ -127,12 +75,15 @@ def galore(
 
     Args:
         inner: the optimizer to run in the subspace: any Optax transformation whose update is
-            affine in the parameters (adamw, lion, sgd with momentum, ...). Without it the
+            affine in the parameters (adamw, lion, sgd with momentum, ...), with one coefficient
+            for a matrix: a decay that differs within one gives NaN. Without it the
             result is a mark for `galore_jax.chain`.
         rank: r, as an int, as a share of the smaller side of the matrix in (0, 1), or as a
             callable `(path, shape) -> int or share`. A matrix whose smaller side is not above
             its rank is left alone.
-        update_proj_gap: T, the number of updates between two refreshes of a projector.
+        update_proj_gap: T, the number of updates between two refreshes of a projector. A matrix
+            whose gradient is zero or not finite when its turn comes refreshes at the first step
+            at which it is neither.
         scale: factor on the lifted update (the paper's alpha), not on the decay.
         proj_type: which side of the matrix is projected, see above.
         method: how a projector is computed: `randomized` (range finder with power iterations
@@ -166,9 +117,8 @@ def galore(
             to a byte). What is stored is what projects and lifts.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` whose state is a `GaLoreState`. `update` takes
-        `projector_grads=`, a tree like the gradients to compute projectors from in their place;
-        other extra arguments reach the inner optimizer.
+        An `optax.GradientTransformationExtraArgs` whose state is a `GaLoreState`. Extra arguments
+        of `update` reach the inner optimizer.
 
     Raises:
         TypeError: for a rank, an inner optimizer or dimension numbers of the wrong type.
@@ -201,243 +151,165 @@ def galore(
         <https://arxiv.org/abs/2407.08296>`_, 2024; Zmushko et al., `FRUGAL
         <https://arxiv.org/abs/2411.07837>`_, 2024
     """
-    make_plan = leaf_lib.planner(rank, proj_type, exclude, weight_dimension_numbers)
-    checks.check_gap(update_proj_gap)
-    checks.check_scale(scale)
-    checks.check_choice("stagger", stagger, (True, False))
-    checks.check_choice("refresh", refresh, ("fixed", "lazy"))
-    methods = read_methods(method)
-    checks.check_choice("moments", moments, moments_lib.POLICIES)
-    storage = checks.projector_storage(projector_dtype)
-    if methods == read_methods("coordinates"):
-        storage = checks.indices(projector_dtype, proj_type)
-
+    settings = Settings(**options)
     if inner is None:
-        mark = _Mark(_no_inner, _no_inner)
-        mark.around = functools.partial(
-            galore,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            proj_type=proj_type,
-            method=method,
-            refresh=refresh,
-            stagger=stagger,
-            moments=moments,
-            residual=residual,
-            exclude=exclude,
-            weight_dimension_numbers=weight_dimension_numbers,
-            projector_dtype=projector_dtype,
-        )
-        return mark
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        return mark(functools.partial(_around, settings))
+    if not is_transformation(inner):
         raise TypeError(
             "galore's first argument is the inner optimizer, an optax.GradientTransformation, "
             f"got {inner!r} (the rank goes by name: galore(rank=128))"
         )
-    if residual is not None and not (hasattr(residual, "init") and hasattr(residual, "update")):
-        raise TypeError(
-            f"residual must be an optax.GradientTransformation or None, got {residual!r}; FRUGAL's "
-            "is optax.sign_sgd(learning_rate)"
-        )
-    inner_tx = optax.with_extra_args_support(inner)
-    residual_tx = None if residual is None else optax.with_extra_args_support(residual)
+    return _around(settings, inner)
+
+
+def _around(
+    settings: Settings, inner: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """`galore` with its options."""
 
     def init_fn(params):
-        params = bare(params)
-        plan = make_plan(params)
-        if not recorded(Record(plan, params, inner, init_fn)):
-            leaf_lib.warn_about(plan)
-        where = leaf_lib.sites(plan, jax.tree.structure(params))
-        projectors = [default_projector(leaf, storage or leaf.dtype) for leaf in where.leaves]
-        low_params = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in where.leaves]
+        return _init(settings, inner, bare(params))
 
-        def inner_init(low_params):
-            return inner_tx.init(where.put(low_params, jax.tree.map(wide, params)))
-
-        for leaf, reads in zip(where.leaves, reads_params(inner_init, low_params), strict=True):
-            if reads:
-                raise ValueError(
-                    f"galore: the inner optimizer keeps the weights themselves in its state (leaf "
-                    f"'{leaf.path}'), as schedule-free ones do; the subspace does not show them. "
-                    "Put such a transformation around galore"
-                )
-        inner_state = inner_init(low_params)
-        if moments != "keep":
-            moments_lib.check(inner_tx.init, inner_state, params, plan, moments)
-        state = GaLoreState(
-            jnp.zeros([], jnp.int32), to_tree(where, projectors, params, storage), inner_state
-        )
-        if residual_tx is not None:
-            matrices = [
-                leaf.to_matrix(w).astype(leaf.dtype)
-                for leaf, w in zip(where.leaves, where.pick(params), strict=True)
-            ]
-            residual_state = residual_tx.init(where.only(matrices, params))
-            state = state._replace(residual_state=residual_state)
-        if refresh == "lazy":
-            state = state._replace(pauses=pause_tree(where, unpaused(where.leaves), params))
-        return state
-
-    def update_fn(updates, state, params=None, *, projector_grads=None, **extra_args):
+    def update_fn(updates, state, params=None, *, galore: Call | None = None, **extra_args):
         given, updates, params = updates, bare(updates), bare(params)
-        if not isinstance(state, GaLoreState):
-            raise TypeError(
-                f"galore's state must be a GaLoreState, got {type(state).__name__}. A checkpoint "
-                "has to be restored with a target: jax.eval_shape(tx.init, params)"
-            )
-        if params is not None:
-            checks.check_shapes(updates, params)
-        elif any(map(is_projected, jax.tree.leaves(updates, is_leaf=is_projected))):
-            raise ValueError(
-                "galore: gradients from galore_jax.value_and_grad need the parameters: call "
-                "tx.update(grads, state, params)"
-            )
-        like = updates if params is None else params
-        plan = make_plan(like)
-        where = leaf_lib.sites(plan, jax.tree.structure(like))
-        leaves = tuple(where.leaves)
-        needs = None if residual is None else "galore's residual="
-        if probing(Probe(leaves, update_proj_gap, stagger, methods, in_multi_steps(), needs)):
-            return given, state
-        checks.check_projectors(plan, where, state.projector, storage)
-        grads, old = where.pick(updates), from_tree(where, state.projector)
-        checks.check_projected(leaves, grads, needs)
-
-        # Project, unless `value_and_grad` already did.
-        count = jnp.asarray(state.count)
-        pauses = pauses_of(where, state.pauses)
-        when = schedule(leaves, count, update_proj_gap, stagger, pauses)
-        fixed = [is_projected(g) and g.projector is None for g in grads]
-        if any(fixed):  # by a program without refreshes
-            when = when.without(leaves, fixed)
-        sources = grads if projector_grads is None else where.pick(bare(projector_grads))
-        some = stagger or pauses is not None  # matrices are due, and others not
-        new = _projectors(leaves, sources, old, count, when, methods, some)
-        projected = [
-            g.low_rank if is_projected(g) else project(leaf, p, g)
-            for leaf, p, g in zip(leaves, new, grads, strict=True)
-        ]
-        low_grads = where.put(projected, jax.tree.map(wide, updates, is_leaf=is_projected))
-
-        # Update in the subspace. The inner optimizer meets zeros for projected weights.
-        wide_params = None if params is None else jax.tree.map(wide, params)
-        zeros = [jnp.zeros(leaf.low_rank_shape, leaf.dtype) for leaf in leaves]
-
-        def inner_update(inner_state, low_params):
-            p = None if wide_params is None else where.put(low_params, wide_params)
-            return inner_tx.update(low_grads, inner_state, p, **extra_args)
-
-        inner_state, correction = moments_lib.carry_over(
-            moments, state.inner_state, lambda s: inner_update(s, zeros)[1], where, old, new, when
-        )
-
-        def at_params(low_params):
-            inner_updates, next_state = inner_update(inner_state, low_params)
-            return where.pick(inner_updates), (inner_updates, next_state)
-
-        if leaves and params is not None:
-            paths = [leaf.path for leaf in leaves]
-            directions, (out, inner_state), decay = split_affine(at_params, zeros, paths)
-        else:
-            directions, (out, inner_state) = at_params(zeros)
-            decay = None
-
-        # Lift, and decay the full weight.
-        factors: list[Any] = [scale] * len(leaves)
-        if correction is not None:
-            factors = [scale * c[..., None, None] for c in correction]
-        scaled = [f * u for f, u in zip(factors, directions, strict=True)]
-        decays = [None] * len(leaves) if decay is None else decay
-        weights = grads if params is None else where.pick(params)
-        lifted = [
-            _lifted(leaf, p, u, c, w, is_projected(g))
-            for leaf, p, u, c, w, g in zip(leaves, new, scaled, decays, weights, grads, strict=True)
-        ]
-        residual_state = state.residual_state
-        if residual_tx is not None:
-            update_outside = functools.partial(residual_tx.update, **extra_args)
-            outside, residual_state = _outside(
-                update_outside, residual_state, where, new, grads, projected, scaled, params
-            )
-            lifted = [u + x for u, x in zip(lifted, outside, strict=True)]  # type: ignore[operator]
-        out = [
-            u if isinstance(u, Factored) else u.astype(jnp.result_type(x))
-            for u, x in zip(where.flatten(where.put(lifted, out)), where.flatten(like), strict=True)
-        ]
-        new_state = GaLoreState(
-            optax.safe_increment(count),
-            to_tree(where, new, like, storage),
-            inner_state,
-            residual_state,
-            state.pauses,
-        )
-        if pauses is not None:
-            pauses = next_pauses(leaves, pauses, old, new, projected, when)
-            new_state = new_state._replace(pauses=pause_tree(where, pauses, like))
+        if isinstance(state, Asked):
+            like = updates if params is None else params
+            plan = settings.plan(like)
+            where = sites(plan, jax.tree.structure(like))
+            checks.check_projectors(plan, where, state.state.projector, settings.storage)
+            return given, answer(state, settings, like, inner, galore)
+        call = galore or Call()
+        out, state = _update(settings, inner, updates, state, params, call, extra_args)
         treedef = jax.tree.structure(given, is_leaf=is_projected)
-        return jax.tree.unflatten(treedef, out), new_state
+        return jax.tree.unflatten(treedef, out), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _outside(update, state, where: Sites, projectors, grads, low_grads, low_updates, params):
-    """The updates that `residual` makes of what the subspace does not show, and its next state."""
-    leaves, like = where.leaves, where.treedef.unflatten([0] * where.treedef.num_leaves)
-    outside = list(map(outside_of, leaves, projectors, grads, low_grads))
-    ratios = list(map(column_ratio, leaves, low_updates, low_grads))
-    matrices = None
-    if params is not None:
-        weights = zip(leaves, where.pick(params), strict=True)
-        matrices = where.only([leaf.to_matrix(wide(w)) for leaf, w in weights], like)
-    outside, ratios = (where.only(x, like) for x in (outside, ratios))
-    out, state = update(outside, state, matrices, column_ratio=ratios)
-    return [leaf.from_matrix(x) for leaf, x in zip(leaves, where.pick(out), strict=True)], state
-
-
-def _projectors(leaves, grads, old, count, when: Schedule, methods: Methods, some: bool):
-    """This step's projectors: those that came with the gradients, or refreshed from them."""
-    new = [
-        store(leaf, g.new_projector(load(leaf, p)), storage_of(p))
-        if is_projected(g) and g.projector is not None
-        else p
-        for leaf, g, p in zip(leaves, grads, old, strict=True)
-    ]
-    full = [i for i, g in enumerate(grads) if not is_projected(g)]
-    if full and when.any_due is not False:
-        refreshed = refresh_projectors(
-            tuple(leaves[i] for i in full),
-            [grads[i] for i in full],
-            [old[i] for i in full],
-            count,
-            when.of(leaves, full),
-            methods,
-            some,
-        )
-        for i, p in zip(full, refreshed, strict=True):
-            new[i] = p
-    return new
-
-
-def _lifted(leaf: Leaf, p, update, decay, w, in_subspace: bool):
-    """`P N + c W`, multiplied out or, for a gradient that never was full either, not."""
-    if in_subspace:
-        return factored(leaf, p, update, decay, jnp.result_type(w))
-    u = lift(leaf, p, update)
-    return u if decay is None else u + _over(leaf, decay) * w.astype(leaf.dtype)
-
-
-def _no_inner(*args, **kwargs):
-    raise ValueError(
-        "a galore(...) without an inner optimizer reached a transformation that does not know "
-        "it. Write galore_jax.chain(galore(rank=...), optax.adamw(...)) (which importing "
-        "galore_jax also installs as optax.chain), or galore(optax.adamw(...), rank=...)"
+    inner = optax.with_extra_args_support(inner)
+    return optax.GradientTransformationExtraArgs(
+        compiled_if_narrow(init_fn), compiled_if_narrow(update_fn)
     )
 
 
-def _over(leaf: Leaf, per_matrix: jax.Array) -> jax.Array:
-    """Lay one number per stacked matrix out against an array of the leaf's shape."""
-    shape = [1] * len(leaf.shape)
-    for axis in leaf.batch_axes:
-        shape[axis] = leaf.shape[axis]
-    return per_matrix.reshape(shape)
+def _init(settings: Settings, inner: optax.GradientTransformation, params: Any) -> GaLoreState:
+    plan = settings.plan(params)
+    warn_about(plan)
+    where, storage = sites(plan, jax.tree.structure(params)), settings.storage
+
+    def inner_init(low_params):
+        return inner.init(where.put(low_params, params, wide))
+
+    for view, reads in zip(where.views, reads_params(inner_init, _zeros(where)), strict=True):
+        if reads:
+            raise ValueError(
+                "galore: the inner optimizer keeps the weights themselves in its state (leaf "
+                f"'{view.path}'), as schedule-free ones do; the subspace does not show them. "
+                "Put such a transformation around galore"
+            )
+    state = GaLoreState(
+        count=jnp.zeros([], jnp.int32),
+        projector=to_tree(
+            where, [default_projector(x, storage or x.dtype) for x in where.views], storage
+        ),
+        refreshed=where.only(jnp.full(x.batch, NEVER, jnp.int32) for x in where.views),
+        inner_state=inner_init(_zeros(where)),
+    )
+    if settings.moments != "keep":
+        check_moments(inner.init, state.inner_state, params, plan, settings.moments)
+    if settings.residual is not None:
+        state = state._replace(residual_state=init_outside(settings.residual, where, params))
+    if settings.lazy:
+        ones = where.only(jnp.ones(x.batch, jnp.int32) for x in where.views)
+        state = state._replace(turns_between=ones)
+    return state
+
+
+def _update(settings: Settings, inner, updates, state, params, call: Call, extra_args):
+    """The updates' leaves, in the parameters' order, and the next state."""
+    checks.check_state(state, settings.lazy)
+    checks.check_gradients(updates, params)
+    like = updates if params is None else params
+    plan = settings.plan(like)
+    where = sites(plan, jax.tree.structure(like))
+    checks.check_projectors(plan, where, state.projector, settings.storage)
+    views, grads, old = where.views, where.pick(updates), from_tree(where, state.projector)
+    checks.check_projected(views, grads, settings.needs)
+    count = jnp.asarray(state.count)
+
+    # Refresh.
+    sources = grads if call.projector_grads is None else where.pick(bare(call.projector_grads))
+    last = where.pick(state.refreshed)
+    turns = where.pick(state.turns_between) if settings.lazy else None
+    gap, stagger = settings.update_proj_gap, settings.stagger
+    when = schedule(views, count, last, turns, gap, stagger, call)
+    now = refresh(views, sources, old, when, settings.methods)
+    refreshed = [jnp.where(x, count, y) for x, y in zip(now.renewed, last, strict=True)]
+
+    # Project. The inner optimizer meets zeros in the place of projected weights.
+    projected = [low_rank(*x) for x in zip(views, now.stored, grads, strict=True)]
+    low_grads, zeros = where.put(projected, updates, wide), _zeros(where)
+
+    def next_inner(inner_state, low_params):
+        p = None if params is None else where.put(low_params, params, wide)
+        return inner.update(low_grads, inner_state, p, **extra_args)
+
+    # Carry the moments over.
+    ages = [count - last + 1 for last in refreshed]
+    inner_state, factors = carry_over(
+        settings.moments,
+        state.inner_state,
+        lambda s: next_inner(s, zeros)[1],
+        where,
+        old,
+        now,
+        ages,
+    )
+
+    # Update in the subspace.
+    def at_params(low_params):
+        out, next_state = next_inner(inner_state, low_params)
+        return where.pick(out), (out, next_state)
+
+    decays = None
+    if views and params is not None:
+        paths = [view.path for view in views]
+        directions, (out, inner_state), decays = split_affine(at_params, zeros, paths)
+    else:
+        directions, (out, inner_state) = at_params(zeros)
+    low_updates = [settings.scale * u for u in directions]
+    if factors is not None:
+        pairs = zip(factors, low_updates, strict=True)
+        low_updates = [factor[..., None, None] * u for factor, u in pairs]
+
+    # Lift, and decay the full weight.
+    decays = decays or [None] * len(views)
+    rows = zip(views, now.stored, low_updates, decays, where.pick(like), grads, strict=True)
+    lifts: list[Any] = [lifted(*row) for row in rows]
+    residual_state, turns_between = state.residual_state, state.turns_between
+    if settings.residual is not None:
+        rows = zip(views, now.stored, grads, projected, low_updates, strict=True)
+        outside, residual_state = update_outside(
+            settings.residual, residual_state, where, list(rows), params, extra_args
+        )
+        lifts = [u + x for u, x in zip(lifts, outside, strict=True)]
+    if turns is not None:
+        turns_between = where.only(next_turns(views, turns, old, now))
+    out = where.flatten(where.put(lifts, out))
+    return list(map(_like, out, where.flatten(like))), GaLoreState(
+        optax.safe_increment(count),
+        to_tree(where, now.stored, settings.storage),
+        where.only(refreshed),
+        inner_state,
+        residual_state,
+        turns_between,
+    )
+
+
+def _like(update: jax.Array | FactoredUpdate, x: jax.Array) -> jax.Array | FactoredUpdate:
+    """In the dtype of the parameters, or of the gradients where there are none."""
+    if isinstance(update, FactoredUpdate):
+        return update
+    return update.astype(jnp.result_type(x))
+
+
+def _zeros(where: Sites) -> list[jax.Array]:
+    """What the inner optimizer meets in the place of projected weights."""
+    return [jnp.zeros(view.low_rank_shape, view.dtype) for view in where.views]

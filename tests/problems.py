@@ -1,5 +1,11 @@
 """Parameters, gradients and a numpy GaLore that the tests share."""
 
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.experimental
 import jax.numpy as jnp
@@ -64,3 +70,13 @@ def galore_adamw_in_numpy(weight, gradients, *, rank, gap, scale, lr, decay, sig
         lifted = p @ n if a is g else (p @ n).T
         w = w - lr * (scale * lifted + decay * w)
     return w
+
+
+def run_with_devices(count, program):
+    """Run a program in a process with several virtual devices; its failure is the test's."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    root = str(pathlib.Path(__file__).parents[1])
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    args = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(args, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -69,7 +69,7 @@ before, methods = dict(vars(optax)), dict(vars(optax.MultiSteps))
 import galore_jax
 changed = {k for k, v in vars(optax).items() if before.get(k) is not v}
 methods = {k for k, v in vars(optax.MultiSteps).items() if methods.get(k) is not v}
-assert changed == {"chain"} and methods == {"update"}, (changed, methods)
+assert changed == {"chain"} and methods == {"update", "gradient_transformation"}, (changed, methods)
 import sys
 assert not {"flax", "orbax", "torch", "grain"} & set(sys.modules)
 """

@@ -194,7 +194,7 @@ def test_what_changes_is_among_what_is_found(program):
         assert all(k in found[i] for i, c in enumerate(changed) if c)
 
 
-# A tap as in galore_jax.tap: its slot is not read, and receives one for every use.
+# A tap as in galore_jax.subspace.kernel: its slot is not read, and receives one for every use.
 @jax.custom_vjp
 def tap(w, slot):
     return w

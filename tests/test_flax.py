@@ -12,8 +12,8 @@ from flax.training.train_state import TrainState
 
 import galore_jax
 from galore_jax import galore
-from tests.family.members import MEMBERS
 from tests.models import nnx_stack
+from tests.optimizers.members import MEMBERS
 from tests.problems import params_like
 
 OPTIONS = dict(rank=4, update_proj_gap=3, weight_dimension_numbers=galore_jax.last_two_axes)

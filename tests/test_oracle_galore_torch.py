@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import galore_jax
-from galore_jax.leaf import plan
-from galore_jax.projection import bases
+from galore_jax.matrix.plan import plan
+from galore_jax.projector.project import bases
 
 torch = pytest.importorskip("torch", reason="needs the oracles extra")
 galore_torch = pytest.importorskip("galore_torch", reason="needs the oracles extra")

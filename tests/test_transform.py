@@ -11,6 +11,7 @@ import pytest
 
 import galore_jax
 from galore_jax import galore
+from galore_jax.call import Call
 from tests.problems import (
     enable_x64,
     galore_adamw_in_numpy,
@@ -527,6 +528,7 @@ def test_projectors_from_other_matrices_than_the_gradients():
     params = params_like({"w": (8, 12)})
     tx = galore_jax.galore_sgd(1.0, rank=2, scale=1.0, method="svd")
     grads, other = grads_like(params, 0), grads_like(params, 1)
-    updates, _ = tx.update(grads, tx.init(params), params, projector_grads=other)
+    call = Call(projector_grads=other)
+    updates, _ = tx.update(grads, tx.init(params), params, galore=call)
     p = np.linalg.svd(np.asarray(other["w"]))[0][:, :2]
     np.testing.assert_allclose(updates["w"], -p @ p.T @ np.asarray(grads["w"]), atol=1e-4)

@@ -1,1 +1,0 @@
-"""GaLore's relatives: what else can be made of a gradient and a subspace of it."""

@@ -1,0 +1,1 @@
+"""What the inner optimizer cannot know: decay, moments across a refresh, the residual."""

@@ -1,0 +1,307 @@
+r"""Optimizers whose moments are 8-bit codes with a float32 scale for every 256 of them.
+
+Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
+https://arxiv.org/abs/2110.02861, as in bitsandbytes' AdamW8bit and Lion8bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax import quantize
+from galore_jax.compiler import in_one_piece
+from galore_jax.matrix.trees import bare, path_string
+from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, Format
+
+# Smaller leaves keep float32 moments: little to save, and norms and biases matter.
+MIN_SIZE = 4096
+
+# A stack is processed slice by slice from this many numbers a slice on; smaller slices are
+# taken together, as a loop's turn would cost more than its work.
+_LOOP_SIZE = 2**14
+
+# Gradients from here on have no finite square.
+_LARGEST = math.sqrt(np.finfo(np.float32).max)
+
+
+class ScaleByAdam8bitState(NamedTuple):
+    """State of `scale_by_adam8bit`: trees like the parameters."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
+    mu: optax.Updates  # uint8 codes; float32 moments for small leaves
+    nu: optax.Updates
+    mu_scale: optax.Updates  # float32, batch + (blocks,); MaskedNode for small leaves
+    nu_scale: optax.Updates
+
+
+class ScaleByLion8bitState(NamedTuple):
+    """State of `scale_by_lion8bit`: trees like the parameters."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
+    mu: optax.Updates  # uint8 codes; float32 momentum for small leaves
+    mu_scale: optax.Updates  # float32, batch + (blocks,); MaskedNode for small leaves
+
+
+def scale_by_adam8bit(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescale updates as Adam does, with moments in 8 bits.
+
+    .. math::
+        m &= b_1 D(m_8) + (1 - b_1) g, \quad v = b_2 D(v_8) + (1 - b_2) g^2 \\
+        u &= \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t) + \bar\epsilon} + \epsilon}, \quad
+        m_8 = E(m), \quad v_8 = E(v)
+
+    where E and D are `quantize.encode` and `decode` with bitsandbytes' dynamic maps, signed
+    for m and unsigned for v, and blocks of 256 numbers. All arithmetic is float32, whatever the
+    dtype of gradients and parameters; updates come back in the parameters' dtype (the
+    gradients' where `update` gets no params).
+
+    A leaf of fewer than 4096 numbers keeps float32 moments. In a larger leaf blocks run over
+    the last axes, as few as hold whole blocks, and scales keep the leading axes: for stacked
+    weights (layers, m, n) slice i of codes and scales belongs to layer i, and a compiled
+    update works slice by slice, so that moments never exist in full in float32. (Where no
+    axis is a border of blocks, they run over the flattened matrix, or over the whole leaf when
+    its matrices have fewer than 4096 numbers.)
+
+    An element whose gradient or squared gradient is not finite resets its moments to zero and
+    gets a zero update, as in bitsandbytes; `optax.apply_if_finite` skips such a step whole.
+
+    Args:
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added to the root of the second moment.
+        eps_root: added under the root.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` whose state is a `ScaleByAdam8bitState`.
+
+    Raises:
+        TypeError: at `init`, for a leaf that is not of a real floating dtype; at `update`, for a
+            state of another kind.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from galore_jax import scale_by_adam8bit
+        >>> state = scale_by_adam8bit().init({"kernel": jnp.ones((64, 512)), "bias": jnp.ones(512)})
+        >>> state.mu["kernel"].dtype, state.mu["bias"].dtype
+        (dtype('uint8'), dtype('float32'))
+        >>> state.mu_scale
+        {'bias': MaskedNode(), 'kernel': Array([[0., 0.],...
+
+    References:
+        Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+        <https://arxiv.org/abs/2110.02861>`_, 2021
+    """
+
+    def init_fn(params):
+        return ScaleByAdam8bitState(
+            jnp.zeros([], jnp.int32), *_init("adam", params, (DYNAMIC, DYNAMIC_UNSIGNED))
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        _check_state("adam", state, ScaleByAdam8bitState)
+        count = optax.safe_increment(jnp.asarray(state.count))
+        m_correction, v_correction = 1 - b1**count, 1 - b2**count
+
+        def step(g, m, v):
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * jnp.square(g)
+            u = (m / m_correction) / (jnp.sqrt(v / v_correction + eps_root) + eps)
+            return u, m, v
+
+        updates, moments, scales = _update(
+            step,
+            (DYNAMIC, DYNAMIC_UNSIGNED),
+            updates,
+            (state.mu, state.nu),
+            (state.mu_scale, state.nu_scale),
+            params,
+            count,
+        )
+        return updates, ScaleByAdam8bitState(count, *moments, *scales)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_lion8bit(
+    b1: jax.typing.ArrayLike = 0.9, b2: jax.typing.ArrayLike = 0.99
+) -> optax.GradientTransformationExtraArgs:
+    r"""Take the sign of Lion's momentum, which is kept in 8 bits.
+
+    .. math::
+        u = \mathrm{sign}(b_1 D(m_8) + (1 - b_1) g), \quad m_8 = E(b_2 D(m_8) + (1 - b_2) g)
+
+    Layout of the state, small leaves, dtypes and non-finite gradients as in
+    `scale_by_adam8bit`.
+
+    Args:
+        b1: how the momentum and the gradient are mixed into the step.
+        b2: decay rate of the momentum.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` whose state is a `ScaleByLion8bitState`.
+
+    Raises:
+        TypeError: as `scale_by_adam8bit`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from galore_jax import scale_by_lion8bit
+        >>> tx = scale_by_lion8bit()
+        >>> params = jnp.ones((64, 512))
+        >>> updates, state = tx.update(-2 * params, tx.init(params))
+        >>> float(updates[0, 0]), state.mu.dtype
+        (-1.0, dtype('uint8'))
+
+    References:
+        Chen et al., `Lion <https://arxiv.org/abs/2302.06675>`_, 2023
+    """
+
+    def init_fn(params):
+        return ScaleByLion8bitState(jnp.zeros([], jnp.int32), *_init("lion", params, (DYNAMIC,)))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        _check_state("lion", state, ScaleByLion8bitState)
+
+        def step(g, m):
+            return jnp.sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
+
+        count = optax.safe_increment(jnp.asarray(state.count))
+        updates, moments, scales = _update(
+            step, (DYNAMIC,), updates, (state.mu,), (state.mu_scale,), params, count
+        )
+        return updates, ScaleByLion8bitState(count, *moments, *scales)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# What both share: moments are a tuple of trees, one for each format.
+
+
+def stacked_axes(shape: tuple[int, ...]) -> int:
+    """How many leading axes the scales of a quantised leaf keep.
+
+    As many as are borders of blocks; failing that, those of a stack whose matrices are large
+    enough that padding each to whole blocks costs little.
+    """
+    sizes = [math.prod(shape[k:]) for k in range(len(shape))]
+    whole = [k for k in range(1, len(shape)) if sizes[k] % quantize.BLOCK == 0]
+    large = [k for k in range(1, len(shape) - 1) if sizes[k] >= MIN_SIZE]
+    return max(whole or large or [0])
+
+
+def _check_state(name: str, state: Any, wanted: type) -> None:
+    if not isinstance(state, wanted):
+        raise TypeError(
+            f"scale_by_{name}8bit's state must be a {wanted.__name__}, got {type(state).__name__}. "
+            "A checkpoint has to be restored with a target: jax.eval_shape(tx.init, params)"
+        )
+
+
+def _init(name: str, params: optax.Params, formats: Sequence[Format]) -> list[optax.Updates]:
+    """Trees of the moments and then of their scales, for zeros."""
+    params = bare(params)
+
+    def leaf(path, x):
+        shape, dtype = jnp.shape(x), jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"scale_by_{name}8bit: leaf '{path_string(path)}' is {dtype}; moments in 8 bits "
+                "need real floating numbers. Keep it out with optax.masked or optax.partition"
+            )
+        if math.prod(shape) < MIN_SIZE:
+            return [(jnp.zeros(shape, jnp.float32), optax.MaskedNode()) for _ in formats]
+        return [quantize.zeros(shape, fmt, stacked_axes(shape)) for fmt in formats]
+
+    treedef = jax.tree.structure(params)
+    leaves = [leaf(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    return [
+        treedef.unflatten([made[i][part] for made in leaves])
+        for part in (0, 1)
+        for i in range(len(formats))
+    ]
+
+
+def _update(step: Callable, formats: Sequence[Format], updates, moments, scales, params, count):
+    """Apply `step(g, *moments) -> (update, *moments)` to every leaf.
+
+    Returns:
+        Trees of the updates, and of each moment and its scales.
+    """
+    given, updates = updates, bare(updates)
+    treedef = jax.tree.structure(updates)
+    grads = treedef.flatten_up_to(updates)
+    like = grads if params is None else treedef.flatten_up_to(bare(params))
+    moments, scales = ([treedef.flatten_up_to(t) for t in trees] for trees in (moments, scales))
+
+    def guarded(g, *moments):
+        g = g.astype(jnp.float32)
+        good = jnp.abs(g) < _LARGEST
+        return step(*(jnp.where(good, x, 0) for x in (g, *moments)))
+
+    outs, new_moments, new_scales = [], [], []
+    leaves = zip(grads, like, zip(*moments, strict=True), zip(*scales, strict=True), strict=True)
+    for g, x, m, s in leaves:
+        if isinstance(s[0], optax.MaskedNode):
+            out, *m = guarded(g, *m)
+        else:
+            out, m, s = _quantised(guarded, formats, g, m, s, jnp.result_type(x), count)
+        outs.append(out.astype(jnp.result_type(x)))
+        new_moments.append(m)
+        new_scales.append(s)
+
+    def trees(leaves):
+        return [treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(len(formats))]
+
+    out = jax.tree.unflatten(jax.tree.structure(given), outs)
+    return out, trees(new_moments), trees(new_scales)
+
+
+def _quantised(step: Callable, formats: Sequence[Format], g, moments, scales, dtype, count):
+    """Apply `step` to one quantised leaf, a stack slice by slice."""
+
+    def decoded_step(g, codes, scales):
+        old = [quantize.decode(*args, g.shape) for args in zip(codes, scales, formats, strict=True)]
+        out, *new = step(g, *old)
+        return out.astype(dtype), new
+
+    def whole(g, codes, scales):
+        out, new = in_one_piece(decoded_step, count, g, codes, scales)
+        batch = scales[0].ndim - 1
+        new = [quantize.encode_finite(x, f, batch) for x, f in zip(new, formats, strict=True)]
+        return out, [x.codes for x in new], [x.scales for x in new]
+
+    moments, scales = list(moments), list(scales)
+    axes = range(1, scales[0].ndim)
+    loops = max([k for k in axes if math.prod(g.shape[k:]) >= _LOOP_SIZE], default=0)
+    if not loops:
+        return whole(g, moments, scales)
+
+    # In place, the update over the gradient: the carry needs no second buffer where its first
+    # is donated or at the end of its life.
+    def turn(i, carry):
+        at = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), carry)
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), i, 0),
+            carry,
+            whole(*at),
+        )
+
+    start = g.astype(jnp.promote_types(g.dtype, dtype)), moments, scales
+    turns = math.prod(g.shape[:loops])
+    carry = jax.tree.map(lambda x: x.reshape(turns, *x.shape[loops:]), start)
+    carry = jax.lax.fori_loop(0, turns, turn, carry)
+    return jax.tree.map(lambda x, old: x.reshape(old.shape), carry, start)

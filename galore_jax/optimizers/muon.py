@@ -1,0 +1,173 @@
+"""Muon with its momentum in the subspace: `galore_muon`.
+
+Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) takes the momentum of a matrix
+and makes all its singular values one. Here the momentum lives in the gradient's subspace, one
+low-rank array and no second moment, and what lies outside of it is the present gradient's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax import checks
+from galore_jax.matrix.plan import sites, warn_about
+from galore_jax.matrix.trees import bare
+from galore_jax.matrix.view import MatrixView
+from galore_jax.optimizers.wrap import in_float32, with_rate
+from galore_jax.projector.project import contract
+from galore_jax.settings import GaLoreOptions, Settings, takes
+from galore_jax.transform import galore
+
+# Of the quintic iteration of Muon and optax.contrib.muon: the steepest at zero.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+
+
+@takes(Settings, without=["scale", "residual"], method="coordinates", moments="rotate")
+def galore_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.95,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    *,
+    nesterov: bool = True,
+    accumulator_dtype: Any = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    **options: Unpack[GaLoreOptions],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon with its momentum in the gradient's low-rank subspace.
+
+    For a weight (m, n), m inputs and n outputs, inputs projected,
+
+    .. math::
+        R &= P^T G, \quad B \leftarrow \mu B + R \quad (r \times n) \\
+        M &= P (R + \mu B) + (G - P R) / \sqrt{1 - \mu^2} \\
+        W &\leftarrow W - \eta \left(\sqrt{\max(1, n / m)}\; \mathrm{NS}(M) + \lambda W\right)
+
+    where NS is Newton-Schulz orthogonalisation. In the subspace M is Muon's (Nesterov) momentum,
+    outside of it the present gradient, weighted so that its noise is as large as that of B, a sum
+    of gradients with weights :math:`\mu^k`. The update has full rank, the state has r: r n
+    numbers, B, where `galore_adamw` keeps r (m + 2 n) and Muon m n. Leaves that are not
+    projected take AdamW steps.
+
+    Orthogonalised, all directions of a matrix count the same, so a subspace of the gradient's
+    largest ones is not worth more than another. A random one serves better, and random rows of
+    the matrix serve as well: they need no decomposition, no product with P, and no more memory
+    than their indices.
+
+    Args:
+        learning_rate: eta, a number or a schedule. As Muon's: around 0.02.
+        momentum: mu.
+        weight_decay: lambda, decoupled, acting on the full weight.
+        mask: tree of bools, or callable giving one: which leaves decay.
+        nesterov: use Nesterov momentum; otherwise M = P B in the subspace.
+        accumulator_dtype: of B, such as "bfloat16"; by default float32.
+        adam_learning_rate: of the leaves that are not projected, by default `learning_rate`,
+            which suits the embeddings of small vocabularies alone: try AdamW's.
+        b1: decay rate of their first moment.
+        b2: decay rate of their second moment.
+        eps: added to the root of their second moment.
+        **options: see `galore`, rank first of all; all but `scale` and `residual`. Here `method` is
+            "coordinates" and `moments`, what becomes of B when P changes, "rotate" by default.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` that needs full gradients.
+
+    Raises:
+        TypeError: as `galore`.
+        ValueError: as `galore`; for gradients from `galore_jax.value_and_grad`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, galore_jax
+        >>> params = {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}
+        >>> loss = lambda p: jnp.sum(jnp.square(p["kernel"])) + jnp.sum(jnp.square(p["bias"]))
+        >>> tx = galore_jax.galore_muon(0.1, rank=2)
+        >>> state = tx.init(params)
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        ...     print(f"{loss(params):.0f}")
+        139
+        134
+        129
+
+    References:
+        Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Zhao et al.,
+        `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024
+    """
+    settings = Settings(**options)
+    in_subspace = galore(
+        optax.trace(momentum, nesterov, accumulator_dtype),
+        **{**options, "scale": 1.0, "residual": optax.scale(1 / (1 - momentum**2) ** 0.5)},
+    )
+
+    def labels(params):
+        plan = settings.plan(bare(params))
+        names = ["muon" if isinstance(leaf, MatrixView) else "adam" for leaf in plan]
+        return jax.tree.unflatten(jax.tree.structure(bare(params)), names)
+
+    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    tx = optax.partition(
+        {
+            "muon": with_rate(
+                optax.chain(in_subspace, _orthogonalised(settings)),
+                learning_rate,
+                weight_decay,
+                mask,
+            ),
+            "adam": in_float32(
+                with_rate(optax.scale_by_adam(b1, b2, eps), adam_rate, weight_decay, mask)
+            ),
+        },
+        labels,
+    )
+
+    def init_fn(params):
+        # `in_subspace` does not see the leaves that it should miss.
+        warn_about(settings.plan(bare(params)))
+        return tx.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        checks.check_full(updates, "galore_muon")
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:
+    """All singular values of matrices (..., m, n) to about one, by Newton-Schulz iteration.
+
+    Each step takes them from s to `3.4445 s - 4.775 s^3 + 2.0315 s^5`, the quintic of Muon: it is
+    steep at zero, and ends between 0.7 and 1.2 rather than at one.
+    """
+    rows_first = x.shape[-2] <= x.shape[-1]
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)
+    for _ in range(_STEPS):
+        a, b, c = _COEFFICIENTS
+        gram = contract(x, -1, x, -1) if rows_first else contract(x, -2, x, -2)
+        polynomial = b * gram + c * contract(gram, -1, gram, -2)
+        product = (polynomial, -1, x, -2) if rows_first else (x, -1, polynomial, -2)
+        x = a * x + contract(*product)
+    return x
+
+
+def _orthogonalised(settings: Settings) -> optax.GradientTransformation:
+    """Muon's step from its momentum: orthogonal matrices, scaled for their shape."""
+
+    def one(view: MatrixView, u: jax.Array) -> jax.Array:
+        new = orthogonalise(view.to_matrix(u).astype(view.dtype))
+        return view.from_matrix(max(1, view.n / view.m) ** 0.5 * new).astype(u.dtype)
+
+    def update(updates, params):
+        like = updates if params is None else params
+        where = sites(settings.plan(like), jax.tree.structure(like))
+        return where.put(map(one, where.views, where.pick(updates)), updates)
+
+    return optax.stateless(update)

@@ -1,0 +1,38 @@
+"""What makes an optimizer of a transformation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.precision import compiled_if_narrow, wide
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same transformation with arithmetic and state in float32 at least, as in `galore`."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        given = updates if params is None else params
+        params = None if params is None else jax.tree.map(wide, params)
+        out, state = tx.update(jax.tree.map(wide, updates), state, params, **extra_args)
+        return jax.tree.map(lambda u, x: u.astype(jnp.result_type(x)), out, given), state
+
+    def init_fn(params):
+        return tx.init(jax.tree.map(wide, params))
+
+    return optax.GradientTransformationExtraArgs(
+        compiled_if_narrow(init_fn), compiled_if_narrow(update_fn)
+    )
+
+
+def with_rate(
+    tx: optax.GradientTransformation, rate: optax.ScalarOrSchedule, decay: Any, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Decoupled decay behind a transformation, and the learning rate behind both."""
+    return optax.chain(
+        tx, optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate)
+    )

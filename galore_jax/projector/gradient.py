@@ -1,0 +1,119 @@
+"""The gradient of a projected leaf that arrives in the subspace."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.matrix.view import MatrixView
+from galore_jax.projector.storage import Stored, load, storage_of, store
+
+# What is no part of a gradient or an update but rides along with one is scaled down to this: it
+# adds nothing to a norm in float32, and a power of two leaves its digits alone.
+LIGHT = 2.0**-60
+
+# Squared norms of a basis' columns are compared to this: they tell equal bases from others.
+_SAME = 1e-3
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("projector", "squares", "renewed", "unit"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """A projector beside the gradient that it projected; all arrays in units of `unit`."""
+
+    projector: jax.Array  # shape=view.projector_shape
+    squares: jax.Array  # shape=batch + (r,): squared norms of its columns
+    renewed: jax.Array  # shape=batch: one where it was made at this step, else zero
+    unit: jax.Array  # shape=batch: LIGHT, times what the gradient was scaled by
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("low_rank", "rest", "basis"),
+    meta_fields=("view",),
+)
+@dataclasses.dataclass(frozen=True)
+class ProjectedGradient:
+    """The gradient of a projected leaf, as `galore_jax.value_and_grad` returns it.
+
+    A pytree node whose arrays scale with the gradient, so that links of a chain that scale or
+    measure gradients (`optax.clip_by_global_norm`) work on it unchanged. The global norm of a
+    tree with these nodes is that of the full gradient, since
+    `|G|^2 = |R|^2 + |G - P P^T G|^2`; scaling one scales the gradient; adding two adds the
+    gradients (`rest` then is an upper bound, by the triangle inequality) when their projectors
+    are the same.
+    """
+
+    low_rank: jax.Array  # R, shape=view.low_rank_shape
+    rest: jax.Array  # shape=view.batch: norm of the part of G outside the subspace
+    basis: Basis | None  # None from a program without refreshes: that of the state
+    view: MatrixView
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the full gradient."""
+        return self.view.shape
+
+
+def is_projected(x: Any) -> bool:
+    """Whether a leaf is a gradient in the subspace."""
+    return isinstance(x, ProjectedGradient)
+
+
+def pack(view: MatrixView, stored: Stored, renewed: jax.Array) -> Basis:
+    """A stored projector, and whether it is new, to ride along with a gradient."""
+    light = jnp.full(view.batch, LIGHT, view.dtype)
+    p = load(view, stored)
+    squares = jnp.sum(jnp.square(p), axis=-2) * LIGHT
+    return Basis(p * LIGHT, squares, jnp.where(renewed, light, 0), light)
+
+
+def unpack(view: MatrixView, basis: Basis, old: Stored) -> tuple[Stored, jax.Array]:
+    """The projector that came along, stored as the old one is, and which matrices have a new one.
+
+    The old one stays where none is new, and where scaling (by zero, by NaN) or averaging spoilt it.
+    """
+    p, _, renewed = _in_units(basis)
+    done = jnp.all(jnp.isfinite(p), axis=(-2, -1)) & (renewed == 1) & ~_mixed(basis)
+    new = store(view, p, storage_of(old))
+
+    def choose(n, o):
+        return jnp.where(done.reshape(done.shape + (1,) * (n.ndim - done.ndim)), n, o)
+
+    return jax.tree.map(choose, new, old), done
+
+
+def low_rank_of(gradient: ProjectedGradient) -> jax.Array:
+    """R; NaN where it is a mean or a sum of gradients that were projected differently.
+
+    Averaged by hand, under `shard_map` or over microbatches, gradients are projected alike between
+    refreshes alone. On one no step would be right.
+    """
+    if gradient.basis is None:
+        return gradient.low_rank
+    return jnp.where(_mixed(gradient.basis)[..., None, None], jnp.nan, gradient.low_rank)
+
+
+def _mixed(basis: Basis) -> jax.Array:
+    """Which matrices' bases are means of different ones: their columns are shorter in the mean."""
+    p, squares, renewed = _in_units(basis)
+    differ = jnp.abs(jnp.sum(jnp.square(p), axis=-2) - squares) > _SAME * squares
+    return jnp.any(differ, axis=-1) | ((renewed > 0) & (renewed < 1))
+
+
+def _in_units(basis: Basis) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Projector, squares and renewed as they were before the gradient was scaled."""
+    unit = basis.unit
+    return (
+        basis.projector / unit[..., None, None],
+        basis.squares / unit[..., None],
+        basis.renewed / unit,
+    )

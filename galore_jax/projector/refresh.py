@@ -1,0 +1,230 @@
+"""How projectors are recomputed.
+
+One `lax.cond` around everything decides whether a step refreshes at all, so a plain step
+runs no decomposition. Matrices of one shape, layers of a stacked leaf or leaves of an
+unrolled model, share one loop, so the program holds each decomposition once.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from galore_jax.compiler import in_one_piece
+from galore_jax.matrix.view import MatrixView
+from galore_jax.projector.basis import Method, Methods, align_signs, at_step
+from galore_jax.projector.gradient import ProjectedGradient, is_projected, unpack
+from galore_jax.projector.schedule import Schedule, cuts, sizes
+from galore_jax.projector.storage import Stored, load, storage_of, store
+
+# Leaves of one shape share a loop by stacking their gradients, which is a copy. Up to this
+# size less code is worth it; a leaf of stacked layers is never copied.
+_STACK_BYTES = 2**28
+
+
+class Projectors(NamedTuple):
+    """Projectors to use at a step."""
+
+    stored: list[Stored]
+    renewed: list[jax.Array]  # by view, bool of its batch shape: which are new at this step
+    possible: jax.Array | bool  # bool; False in a program without refreshes
+
+
+def refresh(
+    views: Sequence[MatrixView],
+    grads: Sequence[jax.Array | ProjectedGradient],
+    old: Sequence[Stored],
+    when: Schedule,
+    methods: Methods,
+) -> Projectors:
+    """The projectors that are due, from this step's gradients or as these bring them.
+
+    A gradient that arrives projected brings its projector along, or none when it comes from a
+    program without refreshes.
+
+    Args:
+        views: the projected leaves.
+        grads: their gradients.
+        old: the present projectors, as stored.
+        when: from `schedule`.
+        methods: from `basis.methods`.
+
+    Returns:
+        A `Projectors`. A matrix whose gradient is zero or not finite keeps its projector, and so
+        does one whose new basis is not finite.
+    """
+    new = list(old)
+    renewed = [jnp.zeros(view.batch, bool) for view in views]
+    possible: jax.Array | bool = False
+    for i, (view, g) in enumerate(zip(views, grads, strict=True)):
+        if is_projected(g) and g.basis is not None:  # type: ignore[union-attr]
+            new[i], renewed[i] = unpack(view, g.basis, old[i])  # type: ignore[union-attr]
+            possible = True if when.any_due is False else when.any_due
+    full = [i for i, g in enumerate(grads) if not is_projected(g)]
+    if full and when.any_due is not False:
+        some = when.of(views, full)
+        picked = ([x[i] for i in full] for x in (views, grads, old))
+        made = _recompute(*map(tuple, picked), some, methods)
+        for i, p, done in zip(full, *made, strict=True):
+            new[i], renewed[i] = p, done
+        possible = when.any_due
+    return Projectors(new, renewed, possible)
+
+
+# Under jit, so that without an outer one the conditional is not compiled anew at every step.
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _recompute(
+    views: tuple[MatrixView, ...],
+    grads: Sequence[jax.Array],
+    old: Sequence[Stored],
+    when: Schedule,
+    methods: Methods,
+) -> tuple[list[Stored], list[jax.Array]]:
+    """The projectors, and which of them are new."""
+    groups: dict[tuple, list[list[int]]] = {}
+    for i, view in enumerate(views):
+        kind = (view.m, view.n, view.side, view.rank, view.dtype, storage_of(old[i]))
+        chunks = groups.setdefault(kind, [[]])
+        if chunks[-1] and sum(grads[j].nbytes for j in [*chunks[-1], i]) > _STACK_BYTES:
+            chunks.append([])
+        chunks[-1].append(i)
+
+    def recompute():
+        new, renewed = keep()
+        for members in (chunk for chunks in groups.values() for chunk in chunks):
+            made = _together(
+                [views[i] for i in members],
+                [grads[i] for i in members],
+                [old[i] for i in members],
+                when.of(views, members),
+                methods,
+            )
+            for i, p, done in zip(members, *made, strict=True):
+                new[i], renewed[i] = p, done
+        return new, renewed
+
+    def keep():
+        return list(old), [jnp.zeros(view.batch, bool) for view in views]
+
+    return jax.lax.cond(when.any_due, recompute, keep)
+
+
+def _together(views, grads, old, when: Schedule, methods: Methods):
+    """Refresh matrices of one shape, one after the other in one loop."""
+    view, size_of = views[0], sizes(views)
+    if len(views) == 1:
+        matrix = functools.partial(view.matrix_at, grads[0])
+    else:
+        flat = [x.to_matrix(g).reshape(-1, x.m, x.n) for x, g in zip(views, grads, strict=True)]
+        matrix = functools.partial(
+            jax.lax.dynamic_index_in_dim, jnp.concatenate(flat), keepdims=False
+        )
+
+    def one(slot):
+        return jax.lax.cond(
+            slot["due"],
+            lambda: renew(
+                view.matrix,
+                matrix(slot["at"]),
+                slot["old"],
+                (slot["seed"], slot["step"], slot["layer"]),
+                methods,
+            ),
+            lambda: (slot["old"], jnp.zeros([], bool)),
+        )
+
+    def in_a_row(view, p):  # an array, or codes and scales
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(view.batch) :]), p)
+
+    rows = map(in_a_row, views, old)
+    slots = {
+        "at": np.arange(sum(size_of), dtype=np.int32),
+        "layer": when.layer,
+        "step": when.step,
+        "seed": np.repeat(np.array([seed_of(x) for x in views], np.uint32), size_of),
+        "old": jax.tree.map(lambda *x: jnp.concatenate(x), *rows),
+        "due": when.due,
+    }
+    made = jax.lax.map(one, slots)
+    shapes = [(p, jax.ShapeDtypeStruct(v.batch, bool)) for v, p in zip(views, old, strict=True)]
+    if len(views) == 1:
+        parts = [jax.tree.map(lambda x, p: x.reshape(p.shape), made, shapes[0])]
+    else:
+        # Slices at offsets that the compiler cannot see through share one kernel.
+        starts = [0, *cuts(size_of)]
+        hidden = in_one_piece(lambda: [jnp.int32(s) for s in starts], when.step[0])
+
+        def part(start, size, shape):
+            return jax.tree.map(
+                lambda x, o: jax.lax.dynamic_slice_in_dim(x, start, size).reshape(o.shape),
+                made,
+                shape,
+            )
+
+        parts = [part(*x) for x in zip(hidden, size_of, shapes, strict=True)]
+    return [p for p, _ in parts], [done for _, done in parts]
+
+
+def renew(
+    view: MatrixView, g: jax.Array, old: Stored, seed: Any, methods: Methods
+) -> tuple[Stored, jax.Array]:
+    """The projector of one matrix from its gradient.
+
+    Args:
+        view: a view of one matrix.
+        g: its gradient (m, n).
+        old: its present projector, as stored.
+        seed: integers that tell this matrix and step from others, for random bases: of the
+            leaf, the step (which also decides the method), the number in the stack.
+        methods: from `basis.methods`.
+
+    Returns:
+        The new projector, stored as the old one, and True; where the gradient is zero or not
+        finite, or the basis is not, the old one and False.
+    """
+
+    def key(side):
+        key = jax.random.key(seed[0])
+        for part in (*seed[1:], side):
+            key = jax.random.fold_in(key, part)
+        return key
+
+    def decompose():
+        # A Gram matrix may over- or underflow; bases do not depend on the gradient's scale.
+        scaled = jnp.where(usable, g.astype(view.dtype), 0) / jnp.where(usable, largest, 1)
+        new = _basis(view, scaled, load(view, old), key, at_step(methods, seed[1]))
+        finite = jnp.all(jnp.isfinite(new))
+        stored = store(view, new, storage_of(old))
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), stored, old), finite
+
+    # LAPACK may never return from a matrix with infinities or NaNs in it, and under a `vmap`
+    # over models one that is not usable runs beside one that is.
+    largest = jnp.max(jnp.abs(g.astype(view.dtype)))
+    usable = (largest > 0) & jnp.isfinite(largest)
+    return jax.lax.cond(usable, decompose, lambda: (old, jnp.zeros([], bool)))
+
+
+def seed_of(view: MatrixView) -> int:
+    """A leaf's name, not its position, seeds a random basis: the tree around it may change."""
+    return zlib.crc32(view.path.encode())
+
+
+def _basis(view: MatrixView, g, old, key: Callable[[int], jax.Array], method: Method) -> jax.Array:
+    """New basis (or both, stacked) for one matrix (m, n)."""
+    sides = []
+    if view.side in ("in", "both"):
+        sides.append((0, g, old[: view.m]))
+    if view.side in ("out", "both"):
+        sides.append((1, g.T, old[-view.n :]))
+    return jnp.concatenate(
+        [
+            align_signs(method(a, view.rank, previous, functools.partial(key, i)), previous)
+            for i, a, previous in sides
+        ]
+    )

@@ -1,0 +1,138 @@
+"""The update of a projected leaf that is not multiplied out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.matrix.view import MatrixView
+from galore_jax.precision import wide
+from galore_jax.projector.gradient import LIGHT, ProjectedGradient
+from galore_jax.projector.project import bases, contract, lift
+from galore_jax.projector.storage import Stored, load
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("norm", "projector", "low_rank", "decay", "unit"),
+    meta_fields=("view", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class FactoredUpdate:
+    """The update of a projected leaf, `P N + c W`, as its factors.
+
+    `w + update`, and so `optax.apply_updates`, adds it matrix by matrix, in place. Scaling the
+    node's arrays scales the update, and their norm is the update's. It has no `__jax_array__`,
+    which JAX would prefer to the addition below.
+    """
+
+    __array_ufunc__ = None  # NumPy's operators leave it to ours
+
+    norm: jax.Array  # shape=view.batch: of the update
+    # All else in units of `unit`, which add nothing to a norm.
+    # view.projector_shape: the basis, in view.dtype: in another one scaling would round it.
+    projector: jax.Array
+    low_rank: jax.Array  # N, shape=view.low_rank_shape
+    decay: jax.Array | None  # c, shape=view.batch
+    unit: jax.Array  # shape=(): LIGHT, times what the update was scaled by
+    view: MatrixView
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the update."""
+        return self.view.shape
+
+    def __radd__(self, w: jax.Array) -> jax.Array:
+        return self.add_to(w, lambda x, index: x.astype(w.dtype))
+
+    def add_to(self, w: jax.Array, rounded: Callable[[jax.Array, jax.Array], jax.Array]):
+        """`w + self`; `rounded(sum, index)` casts the new matrix number `index`."""
+        view, axes = self.view, len(self.view.batch)
+        one, factor = view.below(axes), self.unit / LIGHT
+        # Scaled by zero, the factors are gone, and so is the update.
+        inverse = jnp.where(self.unit == 0, 0, 1 / self.unit)
+        low_rank = self.low_rank * inverse * factor
+        decay = None if self.decay is None else self.decay * inverse * factor
+        projector = self.projector * inverse
+
+        def added(w, p, low_rank, decay, index):
+            w = wide(w)
+            new = w + lift(one, p, low_rank)
+            return rounded(new if decay is None else new + decay * w, index)
+
+        if not axes:
+            return added(w, projector, low_rank, decay, jnp.int32(0))
+        count = math.prod(view.batch)
+        flat = functools.partial(jax.tree.map, lambda x: x.reshape(count, *x.shape[axes:]))
+        parts = flat((projector, low_rank, decay))
+
+        def body(i, w):
+            def at(x):
+                return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+            # Every read of the old matrix comes before the write, or XLA copies the stack.
+            projector, low_rank, decay = jax.tree.map(at, parts)
+            new = added(at(w), projector, low_rank, decay, i)
+            return jax.lax.dynamic_update_index_in_dim(w, new, i, 0)
+
+        return jax.lax.fori_loop(0, count, body, flat(w)).reshape(w.shape)
+
+
+def lifted(
+    view: MatrixView, p: Stored, low_rank: jax.Array, decay: Any, w: jax.Array, gradient: Any
+) -> jax.Array | FactoredUpdate:
+    """`P N + c W`; not multiplied out for a gradient that never was full either."""
+    if isinstance(gradient, ProjectedGradient):
+        return factored(view, p, low_rank, decay, w)
+    update = lift(view, p, low_rank)
+    return update if decay is None else update + _over(view, decay) * w.astype(view.dtype)
+
+
+def _over(view: MatrixView, per_matrix: jax.Array) -> jax.Array:
+    """Lay one number per stacked matrix out against an array of the leaf's shape."""
+    shape = [1] * len(view.shape)
+    for axis in view.batch_axes:
+        shape[axis] = view.shape[axis]
+    return per_matrix.reshape(shape)
+
+
+def factored(view: MatrixView, p: Stored, low_rank: jax.Array, decay: Any, w: jax.Array):
+    """An update `P N + c W` of a weight W, as a `FactoredUpdate`."""
+    norm = _norm(view, p, low_rank, decay, w)
+    factors = load(view, p), low_rank, decay
+    basis, low_rank, decay = jax.tree.map(lambda x: x.astype(view.dtype) * LIGHT, factors)
+    unit = jnp.asarray(LIGHT, view.dtype)
+    return FactoredUpdate(norm, basis, low_rank, decay, unit, view, jnp.result_type(w))
+
+
+def _norm(view: MatrixView, p: Stored, low_rank: jax.Array, decay: Any, w: jax.Array) -> jax.Array:
+    """`|P N + c W|` by matrix, from small products; dead code where nobody measures it."""
+    p_in, p_out = bases(view, p)
+    inside, weights = low_rank, view.to_matrix(w)
+    # <P N, P N> = <N, P^T P N>, and P is not quite orthonormal where it is quantised.
+    if p_in is not None:
+        inside = contract(contract(p_in, -2, p_in, -2), -1, inside, -2)
+    if p_out is not None:
+        inside = contract(inside, -1, contract(p_out, -2, p_out, -2), -2)
+    square = jnp.sum(low_rank * inside, axis=(-2, -1))
+    if decay is not None:
+        # Weights are never cast as a whole; their sums are wide.
+        across = weights
+        if p_in is not None:
+            across = contract(p_in.astype(w.dtype), -2, across, -2, view.dtype)
+        if p_out is not None:
+            across = contract(across, -1, p_out.astype(across.dtype), -2, view.dtype)
+        cross = jnp.sum(low_rank * across, axis=(-2, -1))
+        batch = tuple(range(len(view.batch)))
+        both = (len(batch), len(batch) + 1)
+        dims = (both, both), (batch, batch)
+        own = jax.lax.dot_general(weights, weights, dims, preferred_element_type=view.dtype)
+        square += 2 * decay * cross + decay**2 * own
+    return jnp.sqrt(jnp.maximum(square, 0))

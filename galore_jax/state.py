@@ -1,0 +1,186 @@
+"""The state of `galore`, and how an optimizer is asked what its galores would do."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+
+from galore_jax.call import Call, update_with
+from galore_jax.matrix.plan import Plan, sites
+from galore_jax.matrix.trees import Sites, bare
+from galore_jax.projector.basis import Methods
+from galore_jax.settings import Settings
+
+
+class GaLoreState(NamedTuple):
+    """State of `galore`: a struct of trees of plain arrays."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
+    # Bases, batch + (m, r) or (n, r); MaskedNode where unprojected. Quantised: an `Encoded`,
+    # one tree of codes and one of scales. EmptyState where they are drawn anew at each step.
+    projector: optax.Params
+    refreshed: optax.Params  # int32, batch: the step of the last refresh, -1 before the first
+    inner_state: optax.OptState  # of the inner optimizer, over low-rank arrays
+    # Of `residual`, over the matrices outside the subspace.
+    residual_state: optax.OptState = optax.EmptyState()
+    # refresh="lazy": int32, batch: turns from a refresh to the next
+    turns_between: optax.Params = optax.EmptyState()
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("state", "gap"),
+    meta_fields=("number", "answers"),
+)
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A state that asks: its galore answers, by number, and computes nothing.
+
+    The question goes with the state, since every wrapper hands that on, under a `jit` too. Where
+    the answers go is part of a jit's cache key, by identity.
+    """
+
+    state: GaLoreState
+    gap: jax.Array  # int32: on the way back T, which may be a schedule's
+    number: int
+    answers: Answers
+
+
+class Answers(dict[int, "Answer"]):
+    """What the galores say, by number; equal to no other."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+
+class Answer(NamedTuple):
+    """What a galore would do with its leaves, as known when it is traced."""
+
+    plan: Plan
+    params: optax.Params  # shapes and dtypes of the parameters that reach it
+    inner: optax.GradientTransformation
+    methods: Methods
+    gap: jax.typing.ArrayLike | None  # T; None where it is traced
+    stagger: bool
+    needs: str | None  # what needs full gradients, if anything does
+    called: bool  # whether the argument `galore` of the update reached it
+
+    @property
+    def where(self) -> Sites:
+        """Its projected leaves."""
+        return sites(self.plan, jax.tree.structure(self.params))
+
+
+class Told(NamedTuple):
+    """A galore in an optimizer: what it would do, its state, and T at this state."""
+
+    answer: Answer
+    state: GaLoreState
+    gap: jax.typing.ArrayLike
+
+
+def ask(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[Told]:
+    """What every `galore` in an optimizer would do, in the order of their states.
+
+    Nothing is computed, unless T is (by `optax.inject_hyperparams`).
+
+    Args:
+        tx: the optimizer.
+        params: the parameters, or their shapes.
+        opt_state: its state.
+
+    Returns:
+        For each galore a `Told`.
+
+    Raises:
+        ValueError: where a state's galore is not reached by an update.
+    """
+    states: list[GaLoreState] = []
+    answers = Answers()
+
+    def number(x):
+        if not is_state(x):
+            return x
+        states.append(x)
+        return Asked(x, jnp.zeros([], jnp.int32), len(states) - 1, answers)
+
+    asking = jax.tree.map(number, bare(opt_state), is_leaf=is_state)
+    if not states:
+        return []
+
+    def gaps(params, asking):
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        # Links that follow the loss do not run without it.
+        _, new = update_with(tx, Call(), nothing, asking, params, value=jnp.zeros([]))
+        found = [x for x in jax.tree.leaves(new, is_leaf=_is_asked) if _is_asked(x)]
+        return {x.number: x.gap for x in found}
+
+    found = jax.eval_shape(gaps, params, asking)
+    said = dict(answers)
+    answers.clear()  # which a compiled update holds on to
+    if missing := sorted(set(range(len(states))) - set(said)):
+        raise ValueError(
+            f"the optimizer has {len(states)} galore states and its update reaches {len(said)} of "
+            f"them: number {missing[0]} is not updated by tx.update, or not by a galore. Was "
+            "opt_state made by another tx? Start from tx.init(params)"
+        )
+    if any(x.gap is None for x in said.values()) and not _only_shapes((params, opt_state)):
+        found = jax.jit(gaps)(params, asking)
+        answers.clear()
+    told = ((said[i], states[i], found[i]) for i in range(len(states)))
+    return [Told(a, state, gap if a.gap is None else a.gap) for a, state, gap in told]
+
+
+def answer(
+    asked: Asked,
+    settings: Settings,
+    params: Any,
+    inner: optax.GradientTransformation,
+    call: Call | None,
+    needs: str | None = None,
+) -> Asked:
+    """Note what a galore would do; it hands the asking state back."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    gap = settings.update_proj_gap
+    asked.answers[asked.number] = Answer(
+        plan=settings.plan(params),
+        params=shapes,
+        inner=inner,
+        methods=settings.methods,
+        gap=None if isinstance(gap, jax.core.Tracer) else gap,
+        stagger=settings.stagger,
+        needs=needs or settings.needs,
+        called=call is not None,
+    )
+    return dataclasses.replace(asked, gap=jnp.asarray(gap, jnp.int32))
+
+
+def _only_shapes(tree: Any) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+def is_state(x: Any) -> bool:
+    """Whether a node of an optimizer's state is a galore's."""
+    return isinstance(x, GaLoreState)
+
+
+def holds_galore(opt_state: Any) -> bool:
+    """Whether a galore's state, which may be asking, is part of an optimizer's."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: is_state(x) or _is_asked(x))
+    return any(is_state(x) or _is_asked(x) for x in leaves)
+
+
+def _is_asked(x: Any) -> bool:
+    return isinstance(x, Asked)

@@ -1,0 +1,296 @@
+"""Gradients that arrive in the subspace: `value_and_grad`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax import checks, dependence
+from galore_jax.call import Call
+from galore_jax.matrix.trees import bare, path_string
+from galore_jax.precision import wide_dtype
+from galore_jax.projector.gradient import ProjectedGradient, pack, unpack
+from galore_jax.projector.schedule import per_view, schedule
+from galore_jax.projector.storage import Stored, from_tree
+from galore_jax.state import Told, ask, holds_galore
+from galore_jax.subspace.kernel import Kernel, Rule, Slots, Tapped, Turn
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    microbatches: int = 1,
+    refresh: bool = True,
+) -> Callable[..., tuple[Any, Any]]:
+    r"""Like `jax.value_and_grad`, with the gradients already projected by `tx`.
+
+    `galore` needs no more of a gradient G than :math:`R = P^T G`. Here the backward pass
+    projects each layer's gradient as soon as it has it, so the full gradient of a stack of
+    layers never exists, and on a step that refreshes computes the new projector there too.
+    With `galore_jax.dot_general` in the layers the gradient of a single layer is not formed
+    either. `tx.update` takes the result as it is, and the rest of a training loop stays:
+
+        loss, grads = galore_jax.value_and_grad(loss_fn, tx)(params, opt_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+
+    The weights change as they would with `jax.value_and_grad`, to rounding. `optax.tree.norm`
+    of the gradients is the norm of the full gradient, so clipping by the global norm in front
+    of `galore` is exact. `updates` hold `P N` not multiplied out for projected leaves, which
+    `optax.apply_updates` (or `galore_jax.apply_updates`) adds layer by layer, in place where
+    `params` is donated.
+
+    A projected kernel reaches the model as an object that acts as an array
+    (`__jax_array__`): `jnp` functions, `@`, Linen and NNX layers and scans over stacked layers
+    take it, `jax.lax` functions do not. Its limits:
+
+    - A kernel that is used twice (tied weights, a recurrence, `dot_general` under a `vmap` over
+      examples) would get two projectors at a refresh, and is refused. Under a `vmap` over stacked
+      kernels a refresh's conditional becomes a select that pays for it at every step: use batched
+      products.
+    - The loss must not cast the tree of parameters; layers cast kernels where they use them.
+    - Kernels whose stacked axes are not the leading ones get full gradients, as under
+      `jax.value_and_grad`, and are refreshed by `tx.update`.
+    - `optax.MultiSteps` and `optax.apply_if_finite` have to be inside of `galore`; links in
+      front of it, and behind, may scale and measure (`clip_by_global_norm`), but not treat
+      elements one by one, since part of what they see is no element of the gradient. Labels and
+      masks around it are trees, not callables.
+    - Gradients that several processes average by hand (`shard_map`, `pmap`) are projected
+      alike only between refreshes; on one, where bases differ, the update is NaN.
+
+    Args:
+        loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`.
+        tx: the optimizer, with a `galore` somewhere in it.
+        has_aux: whether `loss_fn` returns something beside the loss.
+        microbatches: k, into how many parts to cut the arrays in `args` along their first
+            axis (each k-th row, so that a sharded batch stays sharded). Loss and gradients are
+            means over the parts, taken in the subspace in float32. On a refresh the first part
+            alone decides the projectors. `aux` comes stacked. What lies outside the subspace is
+            not summed, so `optax.tree.norm` is an upper bound of the mean gradient's norm: where
+            noise prevails up to the square root of k too large, and clipping as much stronger.
+        refresh: whether steps 0, T, 2T, ... may refresh. False compiles a plain step, smaller
+            and in less memory, for the steps in between.
+
+    Returns:
+        `f(params, opt_state, *args, **kwargs) -> (loss, grads)`, ((loss, aux), grads) with
+        `has_aux`.
+
+    Raises:
+        TypeError: when called, for a loss that casts the tree of parameters.
+        ValueError: when called, where `tx` holds no `galore`, or one inside an
+            `optax.MultiSteps`; for a kernel that is used twice where a refresh may happen; for
+            rows that `microbatches` does not divide.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, galore_jax
+        >>> params = {"kernel": jnp.eye(8, 16), "bias": jnp.zeros(16)}
+        >>> x = jax.random.normal(jax.random.key(0), (32, 8))
+        >>> loss_fn = lambda p, x: jnp.mean((x @ p["kernel"] + p["bias"] - 1) ** 2)
+        >>> tx = optax.chain(optax.clip_by_global_norm(1.0), galore_jax.galore_adamw(0.1, rank=2))
+        >>> opt_state = tx.init(params)
+        >>> for _ in range(3):
+        ...     loss, grads = galore_jax.value_and_grad(loss_fn, tx)(params, opt_state, x)
+        ...     updates, opt_state = tx.update(grads, opt_state, params)
+        ...     params = optax.apply_updates(params, updates)
+        ...     print(f"{loss:.2f}")
+        1.42
+        1.20
+        1.01
+        >>> grads["kernel"].low_rank.shape
+        (2, 16)
+
+    References:
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, sections 4.2 and 4.4
+    """
+    if not isinstance(microbatches, int) or microbatches < 1:
+        raise ValueError(f"microbatches must be an int >= 1, got {microbatches!r}")
+
+    @functools.wraps(loss_fn)
+    def value_and_projected_grad(params, opt_state, *args, **kwargs):
+        leaves, treedef = jax.tree.flatten(params)
+        taps = _taps(tx, params, opt_state, refresh)
+
+        def tapped_loss(differentiable, projectors, turns, args):
+            flat = list(differentiable)
+            for i, tap in taps.items():
+                kernel = Kernel(leaves[i], projectors[i], differentiable[i], turns[i])
+                flat[i] = Tapped(kernel, tap.rule)  # type: ignore[assignment]
+            return loss_fn(treedef.unflatten(flat), *args, **kwargs)
+
+        def part(projectors, turns, args):
+            at = [_slots(taps[i]) if i in taps else x for i, x in enumerate(leaves)]
+            if refresh:
+                _check_each_used_once(taps, tapped_loss, at, projectors, turns, args)
+            gradient = jax.value_and_grad(tapped_loss, has_aux=has_aux)
+            value, grads = gradient(at, projectors, turns, args)
+            return value, [_projected(g, taps[i]) if i in taps else g for i, g in enumerate(grads)]
+
+        if microbatches > 1:
+            value, grads = _accumulate(part, taps, _cut(args, microbatches), has_aux)
+        else:
+            projectors = {i: tap.projector for i, tap in taps.items()}
+            value, grads = part(projectors, {i: tap.turn for i, tap in taps.items()}, args)
+        return value, treedef.unflatten(grads)
+
+    return value_and_projected_grad
+
+
+class _Tap(NamedTuple):
+    """A leaf to tap."""
+
+    rule: Rule
+    projector: Stored
+    turn: Turn | None
+
+
+def _taps(tx, params, opt_state, refresh: bool) -> dict[int, _Tap]:
+    """What `tx` would do at this step with each leaf that it projects, by position."""
+    positions = {
+        path_string(path): i
+        for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(bare(params)))
+    }
+    taps = {}
+    for answer, state, gap in galores(tx, params, opt_state):
+        where, count = answer.where, jnp.asarray(state.count)
+        lazy = not isinstance(state.turns_between, optax.EmptyState)
+        turns = where.pick(state.turns_between) if lazy else None
+        last = where.pick(state.refreshed)
+        when = schedule(where.views, count, last, turns, gap, answer.stagger, Call())
+        rows = (per_view(where.views, x) for x in (when.due, when.layer, when.step))
+        stored = from_tree(where, state.projector)
+        for view, p, *turn in zip(where.views, stored, *rows, strict=True):
+            if view.batch_leads:
+                rule = Rule(view, answer.methods)
+                taps[positions[view.path]] = _Tap(rule, p, Turn(*turn) if refresh else None)
+    return taps
+
+
+def galores(tx, params, opt_state) -> list[Told]:
+    """What every `galore` in an optimizer would do; raise where projections cannot serve it."""
+    told = ask(tx, params, opt_state)
+    if not told:
+        raise ValueError(
+            "tx holds no galore, so there is no subspace for the gradients to arrive in. Use "
+            "jax.value_and_grad with it, or an optimizer such as galore_jax.galore_adamw"
+        )
+    for answer, *_ in told:
+        if answer.needs is not None and answer.where.views:
+            raise ValueError(checks.needs_full(answer.needs, answer.where.views[0].path))
+    accumulators = jax.tree.leaves(bare(opt_state), is_leaf=_is_accumulator)
+    if any(_is_accumulator(x) and holds_galore(x.inner_opt_state) for x in accumulators):
+        raise ValueError(
+            "an optax.MultiSteps around galore averages full gradients. Put it inside, "
+            "galore(optax.MultiSteps(inner, k).gradient_transformation(), rank=...), or pass "
+            "microbatches=k"
+        )
+    return told
+
+
+def _is_accumulator(x: Any) -> bool:
+    return isinstance(x, optax.MultiStepsState)
+
+
+def _slots(tap: _Tap) -> Slots:
+    """Zeros, for the cotangents to come back to."""
+    view = tap.rule.view
+
+    def like():
+        basis = None
+        if tap.turn is not None:
+            basis = pack(view, tap.projector, jnp.zeros(view.batch, bool))
+        return Slots(
+            jnp.zeros(view.low_rank_shape, view.dtype), jnp.zeros(view.batch, view.dtype), basis
+        )
+
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(like))
+
+
+def _projected(slots: Slots, tap: _Tap) -> ProjectedGradient:
+    # |G - P P^T G|^2 = |G|^2 - |R|^2, which rounding may put below zero.
+    inside = jnp.sum(jnp.square(slots.low_rank), axis=(-2, -1))
+    rest = jnp.sqrt(jnp.maximum(slots.square - inside, 0))
+    return ProjectedGradient(slots.low_rank, rest, slots.basis, tap.rule.view)
+
+
+def _check_each_used_once(taps: dict[int, _Tap], loss: Any, at: list[Any], *args: Any) -> None:
+    """Raise where a loss uses a kernel twice: two gradients, each on a basis of its own."""
+    first = np.cumsum([0, *(len(jax.tree.leaves(x)) for x in at)])
+    found = dependence.uses(loss, [int(first[i]) for i in taps], at, *args)
+    unknown = "".join(f"; what '{x}' does with it is not known" for x in found.unknown)
+    for tap, count in zip(taps.values(), found.counts, strict=True):
+        if count > 1:
+            raise ValueError(
+                f"galore_jax.value_and_grad: the loss uses the kernel '{tap.rule.view.path}' more "
+                f"than once (tied weights, a recurrence, or a vmap over examples{unknown}), and "
+                "each use would refresh its projector. Keep it out with galore's exclude=, "
+                "replace the vmap by batched operations, move what only looks at weights out of "
+                "the loss, or take full gradients with jax.value_and_grad on the steps that "
+                "refresh and pass refresh=False on the others"
+            )
+
+
+def _cut(args: Any, parts: int) -> Any:
+    """Part i of every array: rows i, i + k, i + 2k, ..."""
+    if not jax.tree.leaves(args):
+        raise ValueError(
+            f"microbatches={parts}: there is no batch among the positional arguments to cut; what "
+            "goes by keyword is given whole to each part"
+        )
+
+    def cut(path, x):
+        rows = jnp.shape(x)[:1]
+        if not rows or rows[0] % parts:
+            raise ValueError(
+                f"microbatches={parts} does not divide the rows of argument "
+                f"{path_string(path)} of shape {jnp.shape(x)}; what is no batch goes by keyword"
+            )
+        return jnp.stack([x[i::parts] for i in range(parts)])
+
+    return jax.tree_util.tree_map_with_path(cut, args)
+
+
+def _accumulate(part, taps: dict[int, _Tap], args, has_aux) -> tuple[Any, list[Any]]:
+    """Means over microbatches, all projected as the first one was."""
+    count = jax.tree.leaves(args)[0].shape[0]
+
+    def unpacked(bases, turns, args):
+        """Loss and gradients to sum up, auxiliary output, and the projectors in use."""
+        value, grads = part({i: p for i, (p, _) in bases.items()}, turns, args)
+        loss, aux = value if has_aux else (value, None)
+        for i, (p, renewed) in bases.items():
+            if grads[i].basis is not None:
+                p, now = unpack(taps[i].rule.view, grads[i].basis, p)
+                bases = bases | {i: (p, renewed | now)}
+                grads[i] = dataclasses.replace(grads[i], basis=None)
+        return (loss, grads), aux, bases
+
+    def add(carry, x):
+        total, bases = carry
+        first, args = x
+        turns = {
+            i: None if tap.turn is None else tap.turn._replace(due=tap.turn.due & first)
+            for i, tap in taps.items()
+        }
+        new, aux, bases = unpacked(bases, turns, args)
+        total = jax.tree.map(lambda t, x: t + x.astype(t.dtype) / count, total, new)
+        return (total, bases), aux
+
+    start = {i: (tap.projector, jnp.zeros(tap.rule.view.batch, bool)) for i, tap in taps.items()}
+    turns = {i: tap.turn for i, tap in taps.items()}
+    shapes = jax.eval_shape(unpacked, start, turns, jax.tree.map(lambda x: x[0], args))[0]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x)), shapes)
+    (total, bases), aux = jax.lax.scan(add, (zeros, start), (jnp.arange(count) == 0, args))
+    loss, grads = total
+    for i, (p, renewed) in bases.items():
+        if taps[i].turn is not None:
+            grads[i] = dataclasses.replace(grads[i], basis=pack(taps[i].rule.view, p, renewed))
+    return (loss, aux) if has_aux else loss, grads

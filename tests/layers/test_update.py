@@ -1,0 +1,343 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import galore_jax
+from examples import llama
+from tests.models import LAYERS, OPTIONS, WIDTH, batches, plain
+from tests.problems import run_with_devices
+from tests.subspace.test_gradients import LOOSE, TRAININGS, full, relative, train, trained_in_full
+
+
+def train_layerwise(loss_fn, tx, params, data, state=None, **options):
+    step = jax.jit(galore_jax.value_and_update(loss_fn, tx, **options), donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, params)
+    state = tx.init(params) if state is None else state
+    losses = []
+    for x in data:
+        loss, params, state = step(params, state, x)
+        losses.append(float(loss))
+    return params, state, losses
+
+
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_training_is_that_of_full_gradients(kind):
+    params, loss_fn = plain()
+    inner, _, (want, (_, want_state), want_losses) = trained_in_full("plain", kind)
+    got, state, losses = train_layerwise(loss_fn, inner, params, batches(20), clip_norm=0.2)
+    loose = kind in LOOSE
+    assert relative(want, got, params) < (1e-2 if loose else 5e-4)
+    # Adam's steps along directions of next to no gradient are those of the machine's rounding.
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-2 if loose else 1e-4)
+    assert jax.tree.structure(state) == jax.tree.structure(want_state)
+    assert state.count == 20
+
+
+INNERS = {
+    "adamw": optax.adamw(1e-2, weight_decay=0.1),
+    "masked": optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    "lion": galore_jax.galore_lion(1e-3, method="svd", **OPTIONS),
+    "sgd": galore_jax.galore_sgd(0.1, momentum=0.9, method="svd", **OPTIONS),
+    "adafactor": galore_jax.galore_adafactor(1e-2, method="svd", **OPTIONS),
+    "8 bits": galore_jax.galore_adamw8bit(1e-2, method="svd", **OPTIONS),
+    "8 bits in full rank": galore_jax.adamw8bit(1e-2),
+    "accumulation inside": galore_jax.galore(
+        optax.MultiSteps(optax.adamw(1e-2), 2).gradient_transformation(), **OPTIONS
+    ),
+    "injected": optax.inject_hyperparams(
+        galore_jax.galore_adamw, static_args=("rank", "weight_dimension_numbers")
+    )(learning_rate=optax.linear_schedule(1e-2, 0.0, 20), **OPTIONS),
+    "partition": optax.partition(
+        {"low": galore_jax.galore_adamw(1e-2, **OPTIONS), "full": optax.adamw(1e-3)},
+        {"embed": "full", "blocks": "low", "head": "full"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_any_optimizer_that_treats_leaves_separately(name):
+    params, loss_fn = plain()
+    tx, data = INNERS[name], batches(6)
+    want, *_ = train(full(loss_fn), tx, params, data)
+    got, *_ = train_layerwise(loss_fn, tx, params, data)
+    # Codes at a border; and Adafactor takes the norms' layers for one leaf, or one by one.
+    loose = "8 bits" in name or name == "adafactor"
+    assert relative(want, got, params) < (2e-2 if loose else 1e-3)
+
+
+def test_codes_of_large_stacks_are_cut_into_layers():
+    # Leaves beyond 4096 numbers, whose layers are not; and layers of whole blocks.
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        "small": jax.random.normal(keys[0], (8, 16, 64)) / 8,
+        "large": jax.random.normal(keys[1], (8, 16, 512)) / 8,
+    }
+    tx = galore_jax.adamw8bit(1e-2)
+    assert tx.init(params)[0].mu["small"].dtype == jnp.uint8
+
+    def loss_fn(params, x):
+        def block(p, x):
+            return (
+                x
+                + jnp.tanh(x @ p["small"]) @ jnp.ones((64, 16)) / 64
+                + jnp.tanh(x @ p["large"]) @ jnp.ones((512, 16)) / 512
+            )
+
+        return jnp.mean(galore_jax.layerwise(block, params, x) ** 2)
+
+    want, want_state, _ = train(full(loss_fn), tx, params, batches(5))
+    got, state, _ = train_layerwise(loss_fn, tx, params, batches(5))
+    assert relative(want, got, params) < 1e-2
+    np.testing.assert_allclose(
+        state[0].mu_scale["large"], want_state[0].mu_scale["large"], rtol=1e-2, atol=1e-7
+    )
+
+
+@pytest.mark.slow
+def test_the_example_llama_trains_alike_in_all_tiers():
+    config = llama.LlamaConfig(64, 32, 48, heads=2, layers=3, remat=True)
+    graph, params = llama.create(config, 0)
+
+    def loss_fn(params, tokens):
+        logits = nnx.merge(graph, params)(tokens[:, :-1])
+        return jnp.mean(llama.token_losses(logits, tokens[:, 1:]))
+
+    # Zipf's law, as in text: a spectrum that falls.
+    chances = jnp.log(1 / jnp.arange(1.0, 65.0))
+    data = jax.random.categorical(jax.random.key(0), chances, shape=(12, 4, 17))
+    options = OPTIONS | {"rank": 8, "update_proj_gap": 6}
+    tx = galore_jax.galore_adamw(1e-3, method="svd", weight_decay=0.1, **options)
+    want, *_ = train(full(loss_fn), tx, params, data)
+    subspace, *_ = train(galore_jax.value_and_grad(loss_fn, tx), tx, params, data)
+    layerwise, *_ = train_layerwise(loss_fn, tx, params, data)
+    assert relative(want, subspace, params) < 5e-3
+    assert relative(want, layerwise, params) < 5e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_comes_before_and_after_the_blocks(tied):
+    params, _ = plain()
+    data = batches(2)
+
+    def loss_fn(params, x, scale):
+        embed = params["embed"]
+
+        def block(p, x):
+            return x + jnp.tanh(x @ p["up"]) @ p["down"] * p["norm"] * scale
+
+        y = galore_jax.layerwise(block, params["blocks"], x @ embed)
+        # The input of the blocks is used again behind them, and so is a tied embedding.
+        y = y + 0.1 * (x @ embed)
+        head = embed.T if tied else params["head"]
+        return jnp.mean((y @ head - jnp.flip(x, -1)) ** 2), jnp.mean(y)
+
+    if tied:
+        params = {k: v for k, v in params.items() if k != "head"}
+    tx = galore_jax.galore_adamw(1e-2, **OPTIONS | {"method": "svd"})
+    step = galore_jax.value_and_update(loss_fn, tx, has_aux=True)  # not under jit
+    got, state = params, tx.init(params)
+    want, want_state = params, tx.init(params)
+    for x in data:
+        (value, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(want, x, scale=0.5)
+        updates, want_state = tx.update(grads, want_state, want)
+        want = optax.apply_updates(want, updates)
+        (loss, mean), got, state = step(got, state, x, scale=0.5)
+        assert (float(loss), float(mean)) == pytest.approx((float(value), float(aux)), rel=1e-4)
+    assert relative(want, got, params) < 1e-3
+
+
+def test_a_plain_step_has_no_refresh_in_it():
+    params, loss_fn = plain()
+    tx = galore_jax.galore_adamw(1e-2, moments="reset", **OPTIONS)
+    params, state, _ = train(full(loss_fn), tx, params, batches(1))
+    x = batches(2)[1]
+    step = {r: jax.jit(galore_jax.value_and_update(loss_fn, tx, refresh=r)) for r in (True, False)}
+    assert "lapack" in step[True].lower(params, state, x).as_text()
+    assert "lapack" not in step[False].lower(params, state, x).as_text()
+    with_branch, without = (step[r](params, state, x)[1] for r in (True, False))
+    assert relative(with_branch, without, params) < 1e-4
+
+
+@pytest.mark.parametrize("make", [galore_jax.apollo, galore_jax.fira, galore_jax.galore_muon])
+def test_no_method_decomposes_in_a_plain_step(make):
+    params, loss_fn = plain()
+    tx = make(1e-2, method="svd", **OPTIONS)
+    step = jax.jit(galore_jax.value_and_update(loss_fn, tx, refresh=False))
+    assert "lapack" not in step.lower(params, tx.init(params), batches(1)[0]).as_text()
+
+
+def test_a_loss_that_handles_errors_is_taken_apart_all_the_same():
+    params, loss_fn = plain()
+
+    def careful(params, x):
+        try:
+            return loss_fn(params, x)
+        except Exception:
+            return jnp.zeros([])
+
+    tx, data = optax.adam(1e-2), batches(2)
+    want, got = (train_layerwise(f, tx, params, data)[0] for f in (loss_fn, careful))
+    jax.tree.map(np.testing.assert_array_equal, want, got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_devices_that_share_a_batch_stay_together(clip):
+    """`reduce` under `shard_map`, in a process with two devices."""
+    run_with_devices(
+        2,
+        f"""
+        import jax, numpy as np, optax, galore_jax
+        from jax.sharding import PartitionSpec as P
+        from tests.models import OPTIONS, batches, plain
+        params, loss_fn = plain()
+        tx = galore_jax.galore_adamw(1e-2, method="svd", **OPTIONS)
+        mean = lambda tree: jax.lax.pmean(tree, "data")
+        options = dict(clip_norm={clip})
+        whole = jax.jit(galore_jax.value_and_update(loss_fn, tx, **options))
+        parts = galore_jax.value_and_update(loss_fn, tx, reduce=mean, **options)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+        parts = jax.jit(jax.shard_map(
+            parts, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P(), P()),
+            check_vma=False,
+        ))
+        a = b = params, tx.init(params)
+        for x in batches(6):
+            _, *a = whole(*a, x)
+            _, *b = parts(*b, x)
+        for w in jax.tree.leaves(b[0]):
+            one, two = (np.asarray(s.data) for s in w.addressable_shards)
+            np.testing.assert_array_equal(one, two)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a[0], b[0])
+        """,
+    )
+
+
+def test_stochastic_rounding_lets_small_updates_through():
+    params, loss_fn = plain(jnp.bfloat16)
+    data = batches(1, dtype=jnp.bfloat16)[0]
+    tx = optax.sign_sgd(5e-5)
+    step = jax.jit(galore_jax.value_and_update(loss_fn, tx))
+    _, nearest, _ = step(params, tx.init(params), data)
+    _, rounded, _ = step(params, tx.init(params), data, rounding_key=jax.random.key(0))
+    _, again, _ = step(params, tx.init(params), data, rounding_key=jax.random.key(0))
+    # Where the update is at most a fifth of the distance to the next number of 8 bits.
+    large = [jnp.abs(params["blocks"][k]) > 1 / 8 for k in ("up", "down")]
+    for k, at in zip(("up", "down"), large, strict=True):
+        assert not jnp.any((nearest["blocks"][k] != params["blocks"][k]) & at)
+        moved = (rounded["blocks"][k] != params["blocks"][k]) & at
+        assert 0.01 < jnp.sum(moved) / jnp.sum(at) < 0.2
+        assert not jnp.array_equal(moved[0], moved[1])
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, rounded, again))
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("eight_bits", [True, False])
+def test_weights_and_state_are_updated_in_place(refresh, eight_bits):
+    layers, d = 64, 256
+    params = {k: jax.ShapeDtypeStruct((layers, d, d), jnp.float32) for k in ("a", "b", "c", "d")}
+    kind = galore_jax.galore_adamw8bit if eight_bits else galore_jax.galore_adamw
+    tx = kind(1e-2, projector_dtype="int8" if eight_bits else None, **OPTIONS | {"rank": d // 4})
+
+    def loss_fn(params, x):
+        def block(p, x):
+            for k in "abcd":
+                x = x + jnp.tanh(x @ p[k])
+            return x
+
+        return jnp.mean(galore_jax.layerwise(block, params, x) ** 2)
+
+    x = jax.ShapeDtypeStruct((8, d), jnp.float32)
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(galore_jax.value_and_update(loss_fn, tx, refresh=refresh), donate_argnums=(0, 1))
+    found = step.lower(params, state, x).compile().memory_analysis()
+    weights = 4 * layers * d * d * 4
+    saved = layers * 8 * d * 4
+    # A few layers' worth; one copy of the smallest stack would be 16 of them, one of a stack of
+    # projectors in float32 4.
+    assert found.temp_size_in_bytes - saved < (8 if refresh else 6) * weights / layers
+    assert found.output_size_in_bytes - found.alias_size_in_bytes < 2**16
+
+
+def test_layerwise_is_a_scan_elsewhere():
+    params, loss_fn = plain()
+
+    def scanned(params, x):
+        def block(x, p):
+            return x + jnp.tanh((x * p["norm"]) @ p["up"]) @ p["down"], None
+
+        y, _ = jax.lax.scan(block, x @ params["embed"], params["blocks"])
+        return jnp.mean(jnp.square(y @ params["head"] - jnp.flip(x, -1)))
+
+    x = batches(1)[0]
+    got, want = (jax.value_and_grad(f)(params, x) for f in (loss_fn, scanned))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+    assert len(params["blocks"]["up"]) == LAYERS
+
+
+def no_layers(params, x):
+    return jnp.mean((x @ params["embed"]) ** 2)
+
+
+def cast_layers(params, x):
+    blocks = jax.tree.map(lambda w: 2 * w, params["blocks"])
+    return jnp.mean(galore_jax.layerwise(lambda p, x: x * p["norm"], blocks, x) ** 2)
+
+
+def two_stacks(params, x):
+    for _ in range(2):
+        x = galore_jax.layerwise(lambda p, x: x * p["norm"], params["blocks"], x)
+    return jnp.mean(x**2)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "tx", "message"),
+    [
+        (no_layers, optax.adam(1e-3), "calls no galore_jax.layerwise"),
+        (cast_layers, optax.adam(1e-3), "leaves of params as they are"),
+        (two_stacks, optax.adam(1e-3), "more than once"),
+        (
+            None,
+            optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+            "depends on the gradient of leaf 'blocks/[a-z]+'.*clip_norm=",
+        ),
+        (None, optax.apply_if_finite(optax.adam(1e-3), 3), "depends on the gradient of leaf"),
+    ],
+)
+def test_errors_say_what_to_do(loss_fn, tx, message):
+    params, whole = plain()
+    step = galore_jax.value_and_update(loss_fn or whole, tx)
+    with pytest.raises(ValueError, match=message):
+        step(params, tx.init(params), batches(1)[0])
+
+
+def test_scales_that_are_no_rows_of_layers_are_refused():
+    # Blocks of 256 run over the borders of rows of 1000, and 32 of them are 4 for each of 8.
+    params = {"g": jnp.ones((8, 1000))}
+    tx = galore_jax.adamw8bit(1e-2)
+
+    def loss_fn(params, x):
+        return jnp.mean(galore_jax.layerwise(lambda p, x: x * jnp.sum(p["g"]), params, x))
+
+    with pytest.raises(ValueError, match=r"for leaf 'g' of 8 layers, which cannot be cut"):
+        galore_jax.value_and_update(loss_fn, tx)(params, tx.init(params), batches(1)[0])
+
+
+def test_one_array_at_two_places_is_refused():
+    w = jnp.ones((LAYERS, WIDTH, WIDTH))
+    params = {"a": w, "b": w}
+
+    def loss_fn(params, x):
+        return jnp.mean(galore_jax.layerwise(lambda w, x: x @ w, params["a"], x))
+
+    tx = optax.sgd(0.1)
+    with pytest.raises(ValueError, match="one array stands at two places"):
+        galore_jax.value_and_update(loss_fn, tx)(params, tx.init(params), batches(1)[0])
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="clip_norm must be positive or None, got -1"):
+        galore_jax.value_and_update(no_layers, optax.adam(1e-3), clip_norm=-1)

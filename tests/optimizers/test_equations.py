@@ -1,0 +1,337 @@
+"""Each member against its paper's equations, written out in numpy for one matrix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_jax
+from galore_jax.optimizers.muon import orthogonalise
+from tests.problems import grads_like, low_rank_gradient, normal, params_like, train
+
+RANK, GAP, STEPS, RATE, DECAY = 3, 4, 10, 0.02, 0.1
+SHAPES = {"wide": (8, 14), "tall": (14, 8)}
+
+
+def gradients(step):
+    return {k: low_rank_gradient(100 * step + i, *s) for i, (k, s) in enumerate(SHAPES.items())}
+
+
+def run(tx, steps=STEPS):
+    """Weights after training, and the states along the way."""
+    params = params_like(SHAPES)
+    state, states = tx.init(params), []
+    update = jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(jax.tree.map(jnp.asarray, gradients(step)), state, params)
+        params = optax.apply_updates(params, updates)
+        states.append(state)
+    return params, states
+
+
+def by_matrix(fn, projectors):
+    """Run `fn(weight, gradients, projector of a step)` on both shapes, inputs on the left."""
+    out = {}
+    for name, w in params_like(SHAPES).items():
+        flip = name == "tall"  # whose outputs are projected
+        wide = np.asarray(w, np.float64).T if flip else np.asarray(w, np.float64)
+        grads = [gradients(t)[name].astype(np.float64) for t in range(STEPS)]
+        grads = [g.T if flip else g for g in grads]
+        new = fn(wide, grads, lambda t, k=name: np.asarray(projectors[t][k], np.float64), flip)
+        out[name] = new.T if flip else new
+    return out
+
+
+def check(params, want, tolerance=1e-5):
+    for name in SHAPES:
+        np.testing.assert_allclose(params[name], want[name], atol=tolerance)
+
+
+class Adam:
+    """Adam's direction, in numpy."""
+
+    def __init__(self, b1=0.9, b2=0.999, eps=1e-8):
+        self.b1, self.b2, self.eps = b1, b2, eps
+        self.t, self.mu, self.nu = 0, 0.0, 0.0
+
+    def __call__(self, g):
+        self.t += 1
+        self.mu = self.b1 * self.mu + (1 - self.b1) * g
+        self.nu = self.b2 * self.nu + (1 - self.b2) * g**2
+        return self.mu_hat / (np.sqrt(self.nu_hat) + self.eps)
+
+    @property
+    def mu_hat(self):
+        return self.mu / (1 - self.b1**self.t) if self.t else self.mu
+
+    @property
+    def nu_hat(self):
+        return self.nu / (1 - self.b2**self.t) if self.t else self.nu
+
+
+def limited(update, last, gamma):
+    """Fira's limiter: the update, and its norm for the next step."""
+    norm = np.linalg.norm(update)
+    if last is not None and norm > gamma * last:
+        update = update * (gamma * last / norm)
+    return update, np.linalg.norm(update)
+
+
+def check_svd(p, gradient):
+    """A projector is the gradient's leading singular vectors, to signs."""
+    u = np.linalg.svd(gradient)[0][:, :RANK]
+    np.testing.assert_allclose(p @ p.T, u @ u.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [1.01, 1e6])
+def test_fira(gamma):
+    tx = galore_jax.fira(
+        RATE, weight_decay=DECAY, rank=RANK, gamma=gamma, update_proj_gap=GAP, method="svd"
+    )
+    params, states = run(tx)
+    binds = []
+
+    def fira(w, grads, projector, tall):
+        del tall
+        adam, last = Adam(), None
+        for t, g in enumerate(grads):
+            p = projector(t)
+            if t % GAP == 0:
+                check_svd(p, g)
+            r = p.T @ g
+            n = adam(r)
+            phi = np.linalg.norm(n, axis=0) / np.linalg.norm(r, axis=0)
+            rest = phi * (g - p @ r)
+            s, last_now = limited(rest, last, gamma)
+            binds.append(last is not None and np.linalg.norm(rest) > gamma * last)
+            last = last_now
+            w = w - RATE * (0.25 * (p @ n + s) + DECAY * w)
+        return w
+
+    want = by_matrix(fira, [s[0].projector for s in states])
+    check(params, want)
+    assert any(binds) == (gamma < 2) and not all(binds)
+
+
+def test_frugal_signs_what_is_outside():
+    inner = optax.adamw(RATE, weight_decay=DECAY)
+    tx = galore_jax.galore(
+        inner, residual=optax.sign_sgd(0.003), rank=RANK, update_proj_gap=GAP, moments="reset"
+    )
+    params, states = run(tx, GAP)  # up to the first reset
+
+    def frugal(w, grads, projector, tall):
+        del tall
+        adam = Adam()
+        for t, g in enumerate(grads[:GAP]):
+            p = projector(t)
+            r = p.T @ g
+            rest = g - p @ r
+            w = w - RATE * (0.25 * p @ adam(r) + DECAY * w) - 0.003 * np.sign(rest)
+        return w
+
+    check(params, by_matrix(frugal, [s.projector for s in states]))
+
+
+def gaussian(name, shape, layer, draw):
+    """The projector APOLLO draws, which it does not keep."""
+    from galore_jax.matrix.plan import plan
+    from galore_jax.optimizers.apollo import _gaussian
+
+    params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
+    leaf = next(x for x in plan(params, rank=RANK) if x.path == name)
+    return np.asarray(_gaussian(leaf, jnp.asarray(layer), jnp.asarray(draw)), np.float64)
+
+
+@pytest.mark.parametrize("gamma", [1.01, 1e6])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_apollo(granularity, gamma):
+    tx = galore_jax.apollo(
+        RATE, weight_decay=DECAY, rank=RANK, update_proj_gap=GAP, granularity=granularity,
+        scale=1.5, gamma=gamma,
+    )  # fmt: skip
+    params, _ = run(tx)
+    projectors = [
+        {name: gaussian(name, SHAPES[name], 0, t // GAP) for name in SHAPES} for t in range(STEPS)
+    ]
+    assert not np.allclose(projectors[0]["wide"], projectors[GAP]["wide"])
+
+    def apollo(w, grads, projector, tall):
+        del tall
+        adam, last = Adam(), None
+        for t, g in enumerate(grads):
+            p = projector(t)
+            r = p.T @ g
+            n = adam(r)
+            axis = 0 if granularity == "channel" else None
+            s = np.linalg.norm(n, axis=axis) / np.linalg.norm(r, axis=axis)
+            u, last = limited(g * s, last, gamma)
+            w = w - RATE * (1.5 * u + DECAY * w)
+        return w
+
+    check(params, by_matrix(apollo, projectors))
+
+
+def test_apollos_random_projectors_are_gaussian_and_of_each_layer():
+    draws = np.stack([gaussian("wide", SHAPES["wide"], layer, 0) for layer in range(200)])
+    assert np.std(draws) == pytest.approx(RANK**-0.5, rel=0.05)
+    assert len({d.tobytes() for d in draws}) == 200
+
+
+def test_apollo_mini_is_apollo_of_rank_one():
+    options = dict(rank=1, scale=128**0.5, granularity="tensor")
+    want, _ = run(galore_jax.apollo(RATE, **options))
+    got, states = run(galore_jax.apollo_mini(RATE))
+    check(got, want, 0)
+    kept = sum(x.size for x in jax.tree.leaves(states[0]))
+    assert kept == 2 * 2 * 14 + 2 + 2  # two moments, two norms, two counts
+
+
+def test_apollo_with_the_gradients_own_subspace():
+    tx = galore_jax.apollo(RATE, rank=RANK, update_proj_gap=GAP, method="svd", gamma=1e6)
+    params, states = run(tx)
+
+    def apollo(w, grads, projector, tall):
+        del tall
+        adam = Adam()
+        for t, g in enumerate(grads):
+            p = projector(t)
+            if t % GAP == 0:
+                check_svd(p, g)
+            r = p.T @ g
+            n = adam(r)
+            w = w - RATE * g * (np.linalg.norm(n, axis=0) / np.linalg.norm(r, axis=0))
+        return w
+
+    check(params, by_matrix(apollo, [s[0].projector for s in states]))
+
+
+def test_ldadam():
+    b1, b2, rho = 0.9, 0.99, 0.8
+    tx = galore_jax.ldadam(RATE, b1, b2, weight_decay=DECAY, rank=RANK, rho=rho)
+    params, states = run(tx)
+
+    def ldadam(w, grads, projector, tall):
+        del tall
+        adam, error, old = Adam(b1, b2), 0.0, None
+        for t, g in enumerate(grads):
+            a, p = g + error, projector(t)
+            lifted = 0.0 if old is None else old @ adam.mu
+            if old is None:
+                check_svd(p, a)
+            else:
+                b = rho * old @ adam.mu_hat + (1 - rho) * a
+                q = np.linalg.qr(b @ (b.T @ old))[0]
+                np.testing.assert_allclose(p @ p.T, q @ q.T, atol=1e-3)
+                c = p.T @ old
+                spread = c**2 @ (adam.nu_hat - adam.mu_hat**2) + (c @ adam.mu_hat) ** 2
+                adam.nu = (1 - b2**adam.t) * np.abs(spread)
+                adam.mu = c @ adam.mu
+            n = adam(p.T @ a)
+            x = a + b1 / (1 - b1) * lifted
+            error, old = x - p @ (p.T @ x), p
+            w = w - RATE * (p @ n + DECAY * w)
+        return w
+
+    check(params, by_matrix(ldadam, [s[0].galore.projector for s in states]), 1e-4)
+
+
+def test_ldadams_account_is_what_the_subspace_did_not_show():
+    """Without momentum, updates' sources and the error add up to all gradients so far."""
+    params = params_like(SHAPES)
+    tx = galore_jax.scale_by_ldadam(b1=0.0, rank=RANK)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for t in range(4):
+        before = state
+        _, state = update(jax.tree.map(jnp.asarray, gradients(t)), state, params)
+        for k in SHAPES:
+            whole = gradients(t)[k] + np.asarray(before.error[k])
+            p = np.asarray(state.galore.projector[k])
+            shown = p @ p.T @ whole if k == "wide" else whole @ p @ p.T
+            np.testing.assert_allclose(shown + state.error[k], whole, atol=1e-5)
+
+
+def galore_state(state):
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, galore_jax.GaLoreState))
+    return next(x for x in nodes if isinstance(x, galore_jax.GaLoreState))
+
+
+def newton_schulz(x):
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_galore_muon(nesterov):
+    tx = galore_jax.galore_muon(
+        RATE,
+        0.9,
+        DECAY,
+        rank=RANK,
+        update_proj_gap=GAP,
+        method="svd",
+        moments="keep",
+        nesterov=nesterov,
+    )
+    params, states = run(tx)
+    projectors = [galore_state(s).projector for s in states]
+
+    def muon(w, grads, projector, tall):
+        b = 0.0
+        for t, g in enumerate(grads):
+            p = projector(t)
+            if t % GAP == 0:
+                check_svd(p, g)
+            r = p.T @ g
+            b = 0.9 * b + r
+            m = p @ (r + 0.9 * b if nesterov else b) + (g - p @ r) / np.sqrt(1 - 0.9**2)
+            shape = 1.0 if tall else np.sqrt(14 / 8)
+            w = w - RATE * (shape * newton_schulz(m) + DECAY * w)
+        return w
+
+    check(params, by_matrix(muon, projectors))
+
+
+def test_newton_schulz_is_optaxs():
+    from optax.contrib import _muon
+
+    for shape in ((8, 14), (14, 8), (9, 9)):
+        x = jnp.asarray(normal(0, *shape))
+        want = _muon.orthogonalize_via_newton_schulz(x, jnp.array([3.4445, -4.7750, 2.0315]))
+        np.testing.assert_allclose(orthogonalise(x), want, atol=1e-5)
+        values = np.linalg.svd(orthogonalise(x), compute_uv=False)
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_scale():
+    shapes = {"embed": (10, 6), "mlp": (2, 6, 8), "norm": (2, 6), "lm_head": (6, 10)}
+    params = params_like(shapes)
+    tx = galore_jax.scale_sgd(RATE, 0.9, DECAY, adam_learning_rate=0.005)
+    got, state = train(tx, params, 5)
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 60 + 2 * 12
+    want = {k: np.asarray(w, np.float64) for k, w in params.items()}
+    momentum, adam = 0.0, Adam()
+    for t in range(5):
+        grads = {k: np.asarray(g, np.float64) for k, g in grads_like(params, t).items()}
+        momentum = 0.9 * momentum + 0.1 * grads["lm_head"]
+        grads["lm_head"] = momentum
+        for k in shapes:
+            g = grads[k]
+            if k == "norm":
+                want[k] = want[k] - 0.005 * (adam(g) + DECAY * want[k])
+                continue
+            columns = g / np.sqrt(np.mean(g**2, axis=-2, keepdims=True))
+            want[k] = want[k] - RATE * (columns + DECAY * want[k])
+    for k in shapes:
+        np.testing.assert_allclose(got[k], want[k], atol=1e-5)
+
+
+def test_scale_wants_to_know_the_output_layer():
+    with pytest.raises(ValueError, match=r"output_layer.*the paths are kernel"):
+        galore_jax.scale_sgd(0.1).init({"kernel": jnp.ones((4, 4))})
+    tied = galore_jax.scale_sgd(0.1, output_layer="embed")
+    tied.init({"embed": jnp.ones((4, 4)), "mlp": jnp.ones((4, 4))})
