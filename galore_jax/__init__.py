@@ -1,6 +1,7 @@
 """GaLore for Optax: memory-efficient training in a low-rank subspace of the gradient."""
 
-from galore_jax.chaining import chain, install
+from galore_jax import chaining, multi_steps
+from galore_jax.chaining import chain
 from galore_jax.layers.model import layerwise
 from galore_jax.layers.update import value_and_update
 from galore_jax.matrix.specs import last_two_axes
@@ -19,14 +20,15 @@ from galore_jax.optimizers.eightbit import scale_by_adam8bit, scale_by_lion8bit
 from galore_jax.optimizers.fira import fira, scale_by_fira
 from galore_jax.optimizers.ldadam import ldadam, scale_by_ldadam
 from galore_jax.optimizers.muon import galore_muon
-from galore_jax.report import summary
 from galore_jax.rounding import apply_updates
 from galore_jax.state import GaLoreState
 from galore_jax.subspace.gradients import value_and_grad
 from galore_jax.subspace.matmul import dot_general, promote_dtype
+from galore_jax.summary_table import summary
 from galore_jax.transform import galore
 
-install()
+chaining.install()
+multi_steps.install()
 
 __version__ = "0.1.0"
 
