@@ -183,6 +183,7 @@ def test_a_many_axes_kernel_gives_what_its_matrix_gives():
     close(c["q"].reshape(a["q"].shape), a["q"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["eager", "jit", "scan"])
 def test_svd_and_eigh_train_alike_over_three_refreshes(how):
     params = params_like({"a": (12, 24), "b": (24, 12), "stack": (3, 16, 20)})
@@ -278,6 +279,7 @@ def test_bfloat16_parameters_have_float32_moments_that_decay():
         assert abs(ratio - 0.999**150) < 1e-3  # 0.861
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("grads_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("projector_dtype", [None, "bfloat16"])

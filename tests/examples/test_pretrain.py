@@ -265,6 +265,7 @@ def test_stochastic_rounding_makes_small_steps_count(tier, seed, least, most):
     assert least <= float(jnp.mean(scale != 1.0, dtype=jnp.float32)) <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [30, 50, 100])
 def test_perplexity_is_weighted_by_tokens(length):
     """Against numpy, sequence by sequence, with a last batch that is mostly not there."""

@@ -13,6 +13,7 @@ from tests.problems import grads_like, params_like, train
 SHAPES = {"a": (12, 24), "b": (24, 12)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner",
     [

@@ -103,6 +103,7 @@ def test_reset_moments_start_like_a_fresh_optimizer():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner",
     [optax.lion(1e-3), optax.sgd(1e-2, momentum=0.9), optax.rmsprop(1e-2), optax.sgd(1e-2)],

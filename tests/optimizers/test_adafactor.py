@@ -11,6 +11,7 @@ from galore_jax.optimizers.adafactor import scale_by_factored_rms
 from tests.problems import grads_like, low_rank_gradient, normal, params_like, train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_a_stack_of_many_layers_gives_what_separate_leaves_give(momentum):
     """More layers than rank: a rule that factored the two largest axes would pick the stack."""

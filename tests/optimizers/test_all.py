@@ -43,6 +43,7 @@ def test_a_stacked_leaf_is_its_layers(name):
         np.testing.assert_allclose(got[k[0]][int(k[1])], w, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_bfloat16_weights_keep_float32_state(name):
     params = params_like({"w": (8, 12), "bias": (12,)}, dtype=jnp.bfloat16)

@@ -242,6 +242,7 @@ def test_no_full_float32_moments(make, shape):
     assert memory.alias_size_in_bytes >= state  # updated where it lies
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("shape", [(64, 256), (3, 64, 256), (20,)])
@@ -313,6 +314,7 @@ def test_bfloat16_gradients_do_not_coarsen_float32_updates():
     assert len(np.unique(np.asarray(updates))) > 300
 
 
+@pytest.mark.slow
 @BOTH
 def test_in_galore(make):
     """Wrapped: decay on the full weight, codes of the low-rank shape, near float32."""

@@ -137,6 +137,7 @@ def test_the_projectors_really_change():
     assert jnp.array_equal(seen[0], seen[1]) and not jnp.allclose(seen[1], seen[2], atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner", [optax.lion(1e-3), optax.sgd(0.1, momentum=0.9), galore_jax.adamw8bit(1e-2)]
 )
@@ -364,6 +365,7 @@ def test_the_gradient_of_a_stack_never_exists():
     assert temporaries(galore_jax.value_and_grad(loss_fn, tx)) < 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector_dtype", [None, "int8", "int4"])
 def test_updates_scale_after_galore(projector_dtype):
     params, loss_fn = plain()
@@ -582,6 +584,7 @@ def test_gradients_made_for_another_rank_are_refused():
     assert dataclasses.is_dataclass(grads["blocks"]["up"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"projector_dtype": "int8"}, {"method": "random"},
                                      {"method": "coordinates"}, {"proj_type": "full"}])  # fmt: skip
 def test_gradients_averaged_over_different_bases_are_not_a_number(options):
@@ -609,6 +612,7 @@ def test_gradients_averaged_over_different_bases_are_not_a_number(options):
     assert np.all(np.isfinite(new))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"proj_type": "full"}, {"projector_dtype": "int4"}, {"method": "coordinates"}],
@@ -656,6 +660,7 @@ def test_a_mixed_basis_is_not_kept_where_its_step_is_skipped():
     close(new.refreshed, state.refreshed, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector_dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_projectors_are_left_alone_between_refreshes(projector_dtype):
     """A program that may refresh hands all of them through links that scale, and back."""
