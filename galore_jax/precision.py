@@ -41,7 +41,7 @@ def compiled_if_narrow(function: Callable[..., Any]) -> Callable[..., Any]:
         leaves = jax.tree.leaves((args, kwargs))
         eager = all(
             isinstance(x, jax.Array | np.ndarray | np.generic | numbers.Number)
-            and not isinstance(x, jax.core.Tracer)
+            and not isinstance(x, jax.core.Tracer | bool)  # which Python may branch on
             for x in leaves
         )
         return (compiled if eager and any(map(is_narrow, leaves)) else function)(*args, **kwargs)
