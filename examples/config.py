@@ -81,8 +81,8 @@ class Config:
     # Memory and speed.
     tier: training.Tier = "full"
     """How much of the gradient exists at once: `full`, all of it; `subspace`, its projection
-    (for the galore_ optimizers); `layerwise`, that of one layer, whose weights change in the
-    backward pass (turns --remat on; one microbatch; --clip takes a second backward pass)."""
+    (for the galore_ optimizers but galore_muon); `layerwise`, that of one layer, whose weights
+    change in the backward pass (turns --remat on; one microbatch; --clip takes a second one)."""
     remat: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
     loss_chunk: int = llama.LlamaConfig.loss_chunk

@@ -27,13 +27,8 @@ def _update_telling_when_it_emits(self, updates, state, params=None, **extra_arg
 
 
 def _gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
-    """As a link; one that hands on what it is told, which Optax's does not, where it matters."""
-
-    def update(updates, state, params=None, **extra_args):
-        told = extra_args if holds_galore(state.inner_opt_state) else {}
-        return self.update(updates, state, params, **told)
-
-    return optax.GradientTransformationExtraArgs(self.init, update)
+    """As a link that hands on what it is told; in a chain Optax's drops extra arguments."""
+    return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
 def install() -> None:

@@ -182,5 +182,15 @@ def holds_galore(opt_state: Any) -> bool:
     return any(is_state(x) or _is_asked(x) for x in leaves)
 
 
+def in_multi_steps(opt_state: Any) -> bool:
+    """Whether an `optax.MultiSteps` is around a galore."""
+
+    def accumulates(x):
+        return isinstance(x, optax.MultiStepsState)
+
+    nodes = jax.tree.leaves(bare(opt_state), is_leaf=accumulates)
+    return any(accumulates(x) and holds_galore(x.inner_opt_state) for x in nodes)
+
+
 def _is_asked(x: Any) -> bool:
     return isinstance(x, Asked)

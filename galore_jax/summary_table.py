@@ -17,7 +17,7 @@ from galore_jax.matrix.trees import owners
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.ldadam import LDAdamState
 from galore_jax.projector.storage import from_tree
-from galore_jax.state import Answer, GaLoreState, Told, ask
+from galore_jax.state import Answer, GaLoreState, Told, ask, in_multi_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _steps(rows, told: list[Told], state, params, loss_fn, args) -> tuple[Step, 
     low_rank = sum(math.prod(x.low_rank_shape) * jnp.dtype(x.dtype).itemsize for x in views)
     layer = sum(size // x.batch[0] if x.batch else size for x, size in projected.items())
     gradients = {"full": full, "subspace": alone + low_rank, "layerwise": alone + layer}
-    if any(galore.answer.needs for galore in told):
+    if any(galore.answer.needs for galore in told) or in_multi_steps(state):
         del gradients["subspace"]
     kept = _nbytes(state)
     return tuple(Step(tier, full, g, kept, saved) for tier, g in gradients.items())

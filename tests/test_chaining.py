@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -87,3 +88,13 @@ def test_multi_steps_around_other_optimizers_is_unchanged():
         theirs, b = original(tx, grads, b, p)
         jax.tree.map(np.testing.assert_array_equal, (ours, a), (theirs, b))
         p = optax.apply_updates(p, ours)
+
+
+def test_multi_steps_without_galore_does_what_it_always_did():
+    """As a link it takes the extra arguments that it takes by itself."""
+    tx = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau())
+    params, grads = {"w": jnp.ones(3)}, {"w": jnp.full(3, 2.0)}
+    alone, link = optax.MultiSteps(tx, 2), optax.MultiSteps(tx, 2).gradient_transformation()
+    state = alone.init(params)
+    got, want = (t.update(grads, state, params, value=0.5)[0] for t in (link, alone))
+    np.testing.assert_array_equal(got["w"], want["w"])

@@ -182,3 +182,9 @@ def test_pauses_and_the_residuals_state_are_counted():
     state = jax.eval_shape(tx.init, params)
     total = galore_jax.summary(tx, params).total
     assert total.state == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def test_gradients_in_the_subspace_are_not_offered_inside_multi_steps():
+    tx = optax.MultiSteps(galore_jax.galore_adamw(1e-3, rank=2), 2)
+    table = galore_jax.summary(tx, {"w": jnp.ones((8, 16))})
+    assert [step.tier for step in table.steps] == ["full", "layerwise"]

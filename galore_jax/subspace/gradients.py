@@ -19,7 +19,7 @@ from galore_jax.precision import wide_dtype
 from galore_jax.projector.gradient import ProjectedGradient, pack, unpack
 from galore_jax.projector.schedule import per_view, schedule
 from galore_jax.projector.storage import Stored, from_tree
-from galore_jax.state import Told, ask, holds_galore
+from galore_jax.state import Told, ask, in_multi_steps
 from galore_jax.subspace.kernel import Kernel, Rule, Slots, Tapped, Turn
 
 
@@ -77,8 +77,9 @@ def value_and_grad(
             alone decides the projectors. `aux` comes stacked. What lies outside the subspace is
             not summed, so `optax.tree.norm` is an upper bound of the mean gradient's norm: where
             noise prevails up to the square root of k too large, and clipping as much stronger.
-        refresh: whether steps 0, T, 2T, ... may refresh. False compiles a plain step, smaller
-            and in less memory, for the steps in between.
+        refresh: whether matrices that are due may refresh. False compiles a plain step, smaller
+            and in less memory, for the steps between 0, T, 2T, ...; a turn that comes in one
+            (with `stagger` at any step) is made up for at the next step that may refresh.
 
     Returns:
         `f(params, opt_state, *args, **kwargs) -> (loss, grads)`, ((loss, aux), grads) with
@@ -185,18 +186,13 @@ def galores(tx, params, opt_state) -> list[Told]:
     for answer, *_ in told:
         if answer.needs is not None and answer.where.views:
             raise ValueError(checks.needs_full(answer.needs, answer.where.views[0].path))
-    accumulators = jax.tree.leaves(bare(opt_state), is_leaf=_is_accumulator)
-    if any(_is_accumulator(x) and holds_galore(x.inner_opt_state) for x in accumulators):
+    if in_multi_steps(opt_state):
         raise ValueError(
             "an optax.MultiSteps around galore averages full gradients. Put it inside, "
             "galore(optax.MultiSteps(inner, k).gradient_transformation(), rank=...), or pass "
             "microbatches=k"
         )
     return told
-
-
-def _is_accumulator(x: Any) -> bool:
-    return isinstance(x, optax.MultiStepsState)
 
 
 def _slots(tap: _Tap) -> Slots:

@@ -66,16 +66,17 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = Non
     return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **options)
 
 
-def promote_dtype(args: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+def promote_dtype(*args: Any, dtype: Any = None, inexact: bool = True) -> Any:
     """Flax's `promote_dtype`, leaving kernels as they are inside `galore_jax.value_and_grad`.
 
     Args:
-        args: arrays, or None, to cast to one dtype.
+        *args: arrays, or None, to cast to one dtype, as Linen gives them, or one tuple of such, as
+            NNX does.
         dtype: the dtype; by default the one that they promote to.
         inexact: whether that has to be a floating dtype.
 
     Returns:
-        The arrays, cast.
+        The arrays, cast, as a list or in a tuple like the one given.
 
     Raises:
         ValueError: for a dtype that is not inexact where it has to be.
@@ -86,16 +87,17 @@ def promote_dtype(args: Any, /, *, dtype: Any = None, inexact: bool = True) -> A
         >>> x.dtype, bias.dtype
         (dtype('float32'), dtype('float32'))
     """
-    args = [x if x is None or isinstance(x, Tapped) else jnp.asarray(x) for x in args]
+    in_one = len(args) == 1 and isinstance(args[0], tuple | list)
+    kind, given = (type(args[0]), args[0]) if in_one else (list, args)
+    arrays = [x if x is None or isinstance(x, Tapped) else jnp.asarray(x) for x in given]
     if dtype is None:
-        dtype = jnp.result_type(
-            *(jnp.zeros((), x.dtype) if isinstance(x, Tapped) else x for x in args if x is not None)
-        )
+        like = (jnp.zeros((), x.dtype) if isinstance(x, Tapped) else x for x in arrays)
+        dtype = jnp.result_type(*(x for x in like if x is not None))
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
     if inexact and not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(f"dtype must be inexact, got {dtype}")
-    return type(args)(None if x is None else x.astype(dtype) for x in args)
+    return kind(None if x is None else x.astype(dtype) for x in arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import galore_jax
@@ -673,3 +674,21 @@ def test_projectors_are_left_alone_between_refreshes(projector_dtype):
     jax.tree.map(np.testing.assert_array_equal, new[1].projector, state[1].projector)
     want, _ = tx.update(jax.grad(loss_fn)(params, batches(2)[1]), state, params)
     close(optax.apply_updates(params, updates), optax.apply_updates(params, want), 1e-5)
+
+
+def test_linen_layers_take_both_hooks():
+    """Linen gives `promote_dtype` its arrays one by one, NNX in a tuple."""
+    hooks = dict(dot_general=galore_jax.dot_general, promote_dtype=galore_jax.promote_dtype)
+    layer, x = nn.Dense(HIDDEN, **hooks), batches(1)[0]
+    params = layer.init(jax.random.key(0), x)
+
+    def loss_fn(params, x):
+        return jnp.mean(jnp.square(layer.apply(params, x) - 1))
+
+    np.testing.assert_allclose(layer.apply(params, x), nn.Dense(HIDDEN).apply(params, x), atol=1e-6)
+    tx = galore_jax.galore_adamw(1e-2, rank=4)
+    state = tx.init(params)
+    _, grads = galore_jax.value_and_grad(loss_fn, tx, refresh=False)(params, state, x)
+    full = jax.grad(loss_fn)(params, x)["params"]["kernel"]
+    p = state.projector["params"]["kernel"]
+    np.testing.assert_allclose(grads["params"]["kernel"].low_rank, p.T @ full, atol=1e-6)
