@@ -136,7 +136,7 @@ def ask(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[T
             f"them: number {missing[0]} is not updated by tx.update, or not by a galore. Was "
             "opt_state made by another tx? Start from tx.init(params)"
         )
-    if any(x.gap is None for x in said.values()) and not _only_shapes((params, opt_state)):
+    if any(x.gap is None for x in said.values()) and not _has_shapes((params, opt_state)):
         found = jax.jit(gaps)(params, asking)
         answers.clear()
     told = ((said[i], states[i], found[i]) for i in range(len(states)))
@@ -167,7 +167,7 @@ def answer(
     return dataclasses.replace(asked, gap=jnp.asarray(gap, jnp.int32))
 
 
-def _only_shapes(tree: Any) -> bool:
+def _has_shapes(tree: Any) -> bool:
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 

@@ -5,18 +5,19 @@ Absent parameters are `optax.MaskedNode`s, which every transformation of Optax p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_jax import dependence
 from galore_jax.call import Call, update_with
 from galore_jax.layers.model import Arrays
 from galore_jax.matrix.trees import bare, owners, path_string
+from galore_jax.projector.schedule import sizes
 from galore_jax.rounding import apply_updates
 from galore_jax.state import ask
 
@@ -108,9 +109,9 @@ def _numbered(tx, params, opt_state) -> tuple[tuple[str, int, int], ...]:
                 f"{', '.join(repr(v.path) for v in answer.where.views[:3])}). Make the wrapper an "
                 "optax.GradientTransformationExtraArgs that hands **extra_args on"
             )
-        sizes = [math.prod(view.batch) for view in answer.where.views]
-        for i, view in enumerate(answer.where.views):
-            numbers.append((view.path, sum(sizes[:i]), sum(sizes)))
+        starts = np.cumsum([0, *sizes(answer.where.views)]).tolist()
+        for view, start in zip(answer.where.views, starts, strict=False):
+            numbers.append((view.path, start, starts[-1]))
     return tuple(numbers)
 
 

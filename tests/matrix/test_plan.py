@@ -255,3 +255,11 @@ def test_a_callable_spec_under_inject_hyperparams_says_to_make_it_static():
     )
     with pytest.raises(TypeError, match="static_args"):
         tx.init({"w": jnp.zeros((3, 12, 24))})
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx)])
+def test_a_warning_points_at_the_users_line(wrap):
+    tx = wrap(galore_jax.galore_adamw(1e-3, rank=2))
+    with pytest.warns(UserWarning, match="projects no leaf") as caught:
+        tx.init({"bias": jnp.ones(3)})
+    assert caught[0].filename == __file__
