@@ -8,13 +8,22 @@ life: first plain steps, then a refresh. Weights are float32, activations bfloat
 may allocate no more than 24 GB. optax.contrib.galore refuses stacked layers: its blocks are a list
 of trees, stacked by the loss. A plain step of tiers 2 and 3 is the program without refreshes.
 
+`one matrix` takes one projector from a float32 gradient, by method.
+
 What fails, or has no time left, is recorded as such; without a GPU every figure is
-"not measured". `--smoke` runs on the CPU, where there are times and no peak.
+"not measured". Rows that the JSON of this GPU already has are kept, unless they are measured
+again: time may be lent in small pieces. `--smoke` runs on the CPU, where there are times and no
+peak.
+
+XLA tries many kernels of its own for every float32 product, which takes it tens of seconds for a
+refresh; `XLA_FLAGS=--xla_gpu_enable_triton_gemm=false` leaves products to cuBLAS. Each row says
+with which flags it ran.
 """
 
 import dataclasses
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -29,6 +38,7 @@ import jax
 from benchmarks import report, steps
 from benchmarks.memory import small
 from examples import llama
+from galore_jax.projector.basis import METHODS
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax")
 NOT_MEASURED = "not measured"
@@ -56,14 +66,16 @@ ROWS = {
     "tier 3": ("layerwise", steps.galore),
 }
 IN_24_GB = "7b in 24 GB"
+ONE_MATRIX = "one matrix"
+SIZES = ((1024, 1024, 256), (4096, 4096, 1024), (4096, 11008, 1024))  # inputs, outputs, rank
 
 
 def configurations(models, count) -> list[Configuration]:
     """The most wanted first: time may run out."""
     found = [Configuration("7b", IN_24_GB, 120, batch=1, steps=count, limit=LIMIT)]
     for model in models:
-        found += [Configuration(model, row, 60, steps=count) for row in ROWS]
-    return found
+        found += [Configuration(model, row, 90, steps=count) for row in ROWS]
+    return [*found, *(Configuration(ONE_MATRIX, method, 60, steps=count) for method in METHODS)]
 
 
 def smoke(count) -> list[Configuration]:
@@ -96,12 +108,19 @@ def child(c: Configuration) -> None:
         return (device.memory_stats() or {}).get(key, NOT_MEASURED)
 
     say(device=device.device_kind, bytes_limit=memory("bytes_limit"))
+    say(xla_flags=os.environ.get("XLA_FLAGS", ""))
+    if c.model == ONE_MATRIX:
+        for m, n, rank in SIZES:
+            say(**{f"{m} x {n}, rank {rank}": one_matrix(c.row, m, n, rank, c.steps)})
+        return
     problem, tier, tx = program(c)
     say(weights_bytes=steps.nbytes(problem.params))
     tokens = steps.tokens(problem.config, c.batch, c.length)
     plain = steps.train_step(tier, problem.loss, tx, refresh=False)
+    began = time.monotonic()
     run = steps.Running(plain, tx, problem.params, tokens).at(1)
     report.seconds(run)
+    say(plain_ready_seconds=time.monotonic() - began)
     times = [report.seconds(run) for _ in range(c.steps)]
     say(
         plain_seconds=statistics.median(times),
@@ -110,10 +129,27 @@ def child(c: Configuration) -> None:
     )
     if c.row == "optax.adamw":
         return
+    began = time.monotonic()
     if tier != "full":
         run.recompile(steps.train_step(tier, problem.loss, tx))
     report.seconds(run.at(0))
+    say(refresh_ready_seconds=time.monotonic() - began)
     say(refresh_seconds=report.seconds(run.at(0)), peak_bytes_refresh=memory("peak_bytes_in_use"))
+
+
+def one_matrix(method: str, m: int, n: int, rank: int, count: int) -> dict[str, float]:
+    """Seconds to compile a method and to run it on one gradient."""
+    gradient = jax.random.normal(jax.random.key(0), (m, n))
+    previous = jax.random.orthogonal(jax.random.key(1), m)[:, :rank]
+
+    def basis(gradient, previous):
+        return METHODS[method](gradient, rank, previous, lambda: jax.random.key(0))
+
+    began = time.monotonic()
+    compiled = jax.jit(basis).lower(gradient, previous).compile()
+    ready = time.monotonic() - began
+    run = report.in_turns({method: lambda: compiled(gradient, previous)}, count)
+    return {"seconds": run[method], "compile_seconds": ready}
 
 
 def measured(c: Configuration, total: Any, seconds: float, platform: str | None) -> dict[str, Any]:
@@ -149,10 +185,18 @@ def reason(error: str) -> str:
 FIGURES = ("plain_seconds", "refresh_seconds", "peak_bytes", "peak_bytes_refresh")
 
 
-def complete(found: dict[str, Any], row: str) -> dict[str, Any]:
+def complete(found: dict[str, Any], c: Configuration) -> dict[str, Any]:
     """Every figure, or that it was not measured."""
-    wanted = [f for f in FIGURES if row != "optax.adamw" or "refresh" not in f]
+    wanted = [f for f in FIGURES if c.row != "optax.adamw" or "refresh" not in f]
+    if c.model == ONE_MATRIX:
+        wanted = [f"{m} x {n}, rank {rank}" for m, n, rank in SIZES]
     return dict.fromkeys(wanted, NOT_MEASURED) | found
+
+
+def known(path: pathlib.Path, device: str) -> dict[str, dict[str, Any]]:
+    """The rows that were measured before on this device."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    return before["models"] if before.get("device") == device else {}
 
 
 def probe(platform: str | None) -> tuple[str | None, Any]:
@@ -176,7 +220,7 @@ print(json.dumps([device.platform, device.device_kind, stats.get("bytes_limit")]
 def main(argv=None):
     parser = report.parser(__doc__)
     parser.add_argument("--models", nargs="*", default=["60m", "350m", "1b"])
-    parser.add_argument("--rows", nargs="+", default=[*ROWS, IN_24_GB])
+    parser.add_argument("--rows", nargs="+", default=[*ROWS, IN_24_GB, *METHODS])
     parser.add_argument("--steps", type=int, default=10, help="timed plain steps of each")
     parser.add_argument("--budget", type=float, default=500, help="seconds for everything")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
@@ -192,7 +236,9 @@ def main(argv=None):
     name, total = probe(platform)
     todo = smoke(args.steps) if args.smoke else configurations(args.models, args.steps)
     todo = [c for c in todo if c.row in args.rows]
-    results: dict[str, dict[str, Any]] = {}
+    device = "smoke test on the CPU" if args.smoke else name or f"no GPU: {NOT_MEASURED}"
+    file = "gpu_smoke" if args.smoke else (name or "gpu").lower().replace(" ", "_")
+    results = known(args.out / f"{file}.json", device)
     for c in todo:
         left = min(c.seconds, end - time.monotonic())
         if name is None and not args.smoke:
@@ -201,18 +247,16 @@ def main(argv=None):
             found = {"failed": "no time left"}
         else:
             found = measured(c, total, left, platform)
-        results.setdefault(c.model, {})[c.row] = complete(found, c.row)
-        print(c.model, c.row, json.dumps(results[c.model][c.row]), flush=True)
+        row = c._asdict() | complete(found, c)
+        results.setdefault(c.model, {})[c.row] = row
+        print(c.model, c.row, json.dumps(row), flush=True)
 
-    device = "smoke test on the CPU" if args.smoke else name or f"no GPU: {NOT_MEASURED}"
-    file = "gpu_smoke" if args.smoke else (name or "gpu").lower().replace(" ", "_")
     report.write(
         file,
         {
             "device": device,
             "bytes": total if name else NOT_MEASURED,
             "command": "python -m benchmarks.gpu",
-            "configurations": [c._asdict() for c in todo],
             "models": results,
         },
         PACKAGES,

@@ -94,9 +94,8 @@ def test_gpu_without_one_measures_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "probe", lambda platform: (None, None))
     gpu.main(["--out", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
-    figures = [
-        x for model in found["models"].values() for row in model.values() for x in row.values()
-    ]
+    rows = [row for model in found["models"].values() for row in model.values()]
+    figures = [x for row in rows for k, x in row.items() if k not in gpu.Configuration._fields]
     assert set(figures) == {gpu.NOT_MEASURED}
     assert found["device"] == "no GPU: not measured"
 
@@ -115,9 +114,22 @@ def test_gpu_says_why_a_process_failed(error, wanted):
 
 def test_a_failed_process_is_recorded(tmp_path):
     row = gpu.Configuration("no such model", "tier 1", 120)
-    found = gpu.complete(gpu.measured(row, None, 120, "cpu"), row.row)
+    found = gpu.complete(gpu.measured(row, None, 120, "cpu"), row)
     assert "no such model" in found["failed"]
     assert found["plain_seconds"] == gpu.NOT_MEASURED
+
+
+def test_gpu_rows_measured_before_on_this_device_are_kept(tmp_path):
+    file = tmp_path / "gpu.json"
+    assert gpu.known(file, "one") == {}
+    file.write_text(json.dumps({"device": "one", "models": {"1b": {"tier 1": {"steps": 1}}}}))
+    assert gpu.known(file, "one") == {"1b": {"tier 1": {"steps": 1}}}
+    assert gpu.known(file, "another") == {}
+
+
+def test_gpu_times_one_matrix_by_method():
+    found = gpu.one_matrix("subspace", 20, 30, 5, 1)
+    assert found["seconds"] > 0 and found["compile_seconds"] > 0
 
 
 def test_results_go_where_they_are_told(tmp_path):

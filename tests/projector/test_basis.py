@@ -36,6 +36,16 @@ def energy(p, a):
     return np.sum((p.T @ a) ** 2)
 
 
+def test_svd_is_orthonormal_where_the_decomposition_is_nearly_so(monkeypatch):
+    a = matrix(np.random.default_rng(0), 30, 50).astype(np.float32)
+    exact = np.linalg.svd(a)
+    noise = 1e-4 * np.random.default_rng(1).standard_normal(exact[0].shape).astype(np.float32)
+    monkeypatch.setattr(jnp.linalg, "svd", lambda *_, **__: (jnp.asarray(exact[0] + noise), 0, 0))
+    p = np.asarray(METHODS["svd"](jnp.asarray(a), 8, jnp.zeros((30, 8)), lambda: jax.random.key(0)))
+    np.testing.assert_allclose(p.T @ p, np.eye(8), atol=2e-6)
+    np.testing.assert_allclose(p, exact[0][:, :8], atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @given(data=st.data())
