@@ -23,7 +23,7 @@ from galore_jax.inner.residual import init_outside, update_outside
 from galore_jax.matrix.plan import sites, warn_about
 from galore_jax.matrix.trees import Sites, bare
 from galore_jax.precision import compiled_if_narrow, wide
-from galore_jax.projector.gradient import is_projected
+from galore_jax.projector.gradient import is_projected, received
 from galore_jax.projector.lazy import next_turns
 from galore_jax.projector.project import low_rank
 from galore_jax.projector.refresh import refresh
@@ -230,7 +230,8 @@ def _update(settings: Settings, inner, updates, state, params, call: Call, extra
     plan = settings.plan(like)
     where = sites(plan, jax.tree.structure(like))
     checks.check_projectors(plan, where, state.projector, settings.storage)
-    views, grads, old = where.views, where.pick(updates), from_tree(where, state.projector)
+    views, old = where.views, from_tree(where, state.projector)
+    grads = [received(g) for g in where.pick(updates)]
     checks.check_projected(views, grads, settings.needs)
     count = jnp.asarray(state.count)
 

@@ -32,7 +32,7 @@ class Basis:
     projector: jax.Array  # shape=view.projector_shape
     squares: jax.Array  # shape=batch + (r,): squared norms of its columns
     renewed: jax.Array  # shape=batch: one where it was made at this step, else zero
-    unit: jax.Array  # shape=batch: LIGHT, times what the gradient was scaled by
+    unit: jax.Array  # shape=batch: LIGHT, times what the gradient was scaled by; 1 once received
 
 
 @functools.partial(
@@ -70,50 +70,44 @@ def is_projected(x: Any) -> bool:
 
 def pack(view: MatrixView, stored: Stored, renewed: jax.Array) -> Basis:
     """A stored projector, and whether it is new, to ride along with a gradient."""
-    light = jnp.full(view.batch, LIGHT, view.dtype)
     p = load(view, stored)
-    squares = jnp.sum(jnp.square(p), axis=-2) * LIGHT
-    return Basis(p * LIGHT, squares, jnp.where(renewed, light, 0), light)
+    light = jnp.full(view.batch, LIGHT, view.dtype)
+    squares = jnp.sum(jnp.square(p), axis=-2)
+    return Basis(p * LIGHT, squares * LIGHT, renewed * light, light)
+
+
+def received(gradient: Any) -> Any:
+    """A gradient whose basis, if it brings one, is as it was before links scaled the gradient.
+
+    Averaged by hand, under `shard_map` or over microbatches, gradients are projected alike between
+    refreshes alone. Where bases differ no step would be right: R is NaN, and the basis is not new.
+    Bases that differ show, since their columns are shorter in the mean.
+    """
+    if not is_projected(gradient) or gradient.basis is None:
+        return gradient
+    basis, unit = gradient.basis, gradient.basis.unit
+    p, renewed = basis.projector / unit[..., None, None], basis.renewed / unit
+    squares = basis.squares / unit[..., None]
+    # Also false where the basis is not finite.
+    equal = jnp.abs(jnp.sum(jnp.square(p), axis=-2) - squares) <= _SAME * squares
+    sound = jnp.all(equal, axis=-1) & ((renewed == 0) | (renewed == 1))
+    # Scaled by zero, nothing is left of the basis, and the gradient is zero rightly.
+    right = (sound | (unit == 0))[..., None, None]
+    return dataclasses.replace(
+        gradient,
+        low_rank=jnp.where(right, gradient.low_rank, jnp.nan),
+        basis=Basis(p, squares, jnp.where(sound, renewed, 0), jnp.ones_like(unit)),
+    )
 
 
 def unpack(view: MatrixView, basis: Basis, old: Stored) -> tuple[Stored, jax.Array]:
-    """The projector that came along, stored as the old one is, and which matrices have a new one.
+    """The projector of a received gradient, stored as the old one is, and where it is new.
 
-    The old one stays where none is new, and where scaling (by zero, by NaN) or averaging spoilt it.
+    The old one stays where it is not.
     """
-    p, _, renewed = _in_units(basis)
-    done = jnp.all(jnp.isfinite(p), axis=(-2, -1)) & (renewed == 1) & ~_mixed(basis)
-    new = store(view, p, storage_of(old))
+    new, done = store(view, basis.projector, storage_of(old)), basis.renewed == 1
 
     def choose(n, o):
         return jnp.where(done.reshape(done.shape + (1,) * (n.ndim - done.ndim)), n, o)
 
     return jax.tree.map(choose, new, old), done
-
-
-def low_rank_of(gradient: ProjectedGradient) -> jax.Array:
-    """R; NaN where it is a mean or a sum of gradients that were projected differently.
-
-    Averaged by hand, under `shard_map` or over microbatches, gradients are projected alike between
-    refreshes alone. On one no step would be right.
-    """
-    if gradient.basis is None:
-        return gradient.low_rank
-    return jnp.where(_mixed(gradient.basis)[..., None, None], jnp.nan, gradient.low_rank)
-
-
-def _mixed(basis: Basis) -> jax.Array:
-    """Which matrices' bases are means of different ones: their columns are shorter in the mean."""
-    p, squares, renewed = _in_units(basis)
-    differ = jnp.abs(jnp.sum(jnp.square(p), axis=-2) - squares) > _SAME * squares
-    return jnp.any(differ, axis=-1) | ((renewed > 0) & (renewed < 1))
-
-
-def _in_units(basis: Basis) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projector, squares and renewed as they were before the gradient was scaled."""
-    unit = basis.unit
-    return (
-        basis.projector / unit[..., None, None],
-        basis.squares / unit[..., None],
-        basis.renewed / unit,
-    )

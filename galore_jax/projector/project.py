@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.matrix.view import MatrixView
-from galore_jax.projector.gradient import ProjectedGradient, low_rank_of
+from galore_jax.projector.gradient import ProjectedGradient
 from galore_jax.projector.storage import INDICES, Stored, is_indices, load
 
 
@@ -24,7 +24,7 @@ def bases(view: MatrixView, stored: Stored) -> tuple[jax.Array | None, jax.Array
 
 def low_rank(view: MatrixView, p: Stored, g: jax.Array | ProjectedGradient) -> jax.Array:
     """A gradient in the subspace, `view.low_rank_shape`, whether it is there already or not."""
-    return low_rank_of(g) if isinstance(g, ProjectedGradient) else project(view, p, g)
+    return g.low_rank if isinstance(g, ProjectedGradient) else project(view, p, g)
 
 
 def project(view: MatrixView, p: Stored, g: jax.Array) -> jax.Array:

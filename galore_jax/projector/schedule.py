@@ -28,8 +28,7 @@ class Schedule(NamedTuple):
 
     due: jax.Array  # shape=(K,), bool
     layer: jax.Array  # shape=(K,), int32: their numbers in their stacks
-    # shape=(K,), int32: this step; 0 before a matrix' first refresh, which is made as one at step 0
-    step: jax.Array
+    step: jax.Array  # shape=(K,), int32: see `made_at`
     any_due: jax.Array | bool  # shape=(), bool; False where no program for it is wanted
 
     def of(self, views: Sequence[MatrixView], at: Sequence[int]) -> Schedule:
@@ -62,7 +61,7 @@ def schedule(
     Returns:
         A `Schedule`. Step 0 refreshes every matrix: there is no projector to go on with.
     """
-    layer = layer_numbers(views, call.layer)
+    layer = jnp.asarray(layer_numbers(views, call.layer))
     if not views or not call.refresh:
         return Schedule(jnp.zeros(layer.shape, bool), layer, jnp.zeros_like(layer), False)
     offset = _offsets(views, update_proj_gap, stagger, call)
@@ -74,13 +73,17 @@ def schedule(
     turns = (count - offset) // update_proj_gap - (last - offset) // update_proj_gap
     due = (last == NEVER) | (turns >= every)
     emits: Any = True if call.emits is None else call.emits
-    step = jnp.where(last == NEVER, 0, count)
-    return Schedule(due, layer, step, _decision(jnp.any(due) & emits))
+    return Schedule(due, layer, made_at(count, last), _decision(jnp.any(due) & emits))
+
+
+def made_at(count: jax.Array, last: jax.Array) -> jax.Array:
+    """The step that a refresh is made as one of: a matrix' first one is as at step 0."""
+    return jnp.where(last == NEVER, 0, count)
 
 
 def layer_numbers(
     views: Sequence[MatrixView], layer: jax.typing.ArrayLike | None = None
-) -> jax.Array:
+) -> jax.Array | np.ndarray:
     """The K matrices' numbers in their stacks, int32: what tells their random bases apart.
 
     Args:
@@ -89,7 +92,7 @@ def layer_numbers(
     """
     numbers = np.concatenate([np.arange(s, dtype=np.int32) for s in [0, *sizes(views)]])
     if layer is None:
-        return jnp.asarray(numbers)
+        return numbers
     stacks = np.repeat(sizes(views), sizes(views)).astype(np.int32)
     return jnp.asarray(numbers + stacks * layer)
 
@@ -121,11 +124,12 @@ def _(axis_size, in_batched, any_due):
     return (jnp.any(any_due, axis=0) if in_batched[0] else any_due), False
 
 
-def per_view(views: Sequence[MatrixView], x: jax.Array) -> list[jax.Array]:
+def per_view(views: Sequence[MatrixView], x: Any) -> list[Any]:
     """Split an array over the K matrices into one of shape `view.batch` per view."""
     if not views:
         return []
-    pieces = jnp.split(x, cuts(sizes(views)))
+    split = np.split if isinstance(x, np.ndarray) else jnp.split
+    pieces = split(x, cuts(sizes(views)))
     return [piece.reshape(view.batch) for view, piece in zip(views, pieces, strict=True)]
 
 

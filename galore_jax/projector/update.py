@@ -55,12 +55,11 @@ class FactoredUpdate:
     def add_to(self, w: jax.Array, rounded: Callable[[jax.Array, jax.Array], jax.Array]):
         """`w + self`; `rounded(sum, index)` casts the new matrix number `index`."""
         view, axes = self.view, len(self.view.batch)
-        one, factor = view.below(axes), self.unit / LIGHT
-        # Scaled by zero, the factors are gone, and so is the update.
-        inverse = jnp.where(self.unit == 0, 0, 1 / self.unit)
-        low_rank = self.low_rank * inverse * factor
-        decay = None if self.decay is None else self.decay * inverse * factor
-        projector = self.projector * inverse
+        one = view.below(axes)
+        low_rank = self.low_rank / LIGHT
+        decay = None if self.decay is None else self.decay / LIGHT
+        # Scaled by zero, the projector is gone, and so is the update.
+        projector = self.projector * jnp.where(self.unit == 0, 0, 1 / self.unit)
 
         def added(w, p, low_rank, decay, index):
             w = wide(w)

@@ -16,8 +16,8 @@ from galore_jax import checks, dependence
 from galore_jax.call import Call
 from galore_jax.matrix.trees import bare, path_string
 from galore_jax.precision import wide_dtype
-from galore_jax.projector.gradient import ProjectedGradient, pack, unpack
-from galore_jax.projector.schedule import per_view, schedule
+from galore_jax.projector.gradient import ProjectedGradient, pack, received, unpack
+from galore_jax.projector.schedule import layer_numbers, made_at, per_view, schedule
 from galore_jax.projector.storage import Stored, from_tree
 from galore_jax.state import Told, ask, in_multi_steps
 from galore_jax.subspace.kernel import Kernel, Rule, Slots, Tapped, Turn
@@ -166,12 +166,18 @@ def _taps(tx, params, opt_state, refresh: bool) -> dict[int, _Tap]:
         turns = where.pick(state.turns_between) if lazy else None
         last = where.pick(state.refreshed)
         when = schedule(where.views, count, last, turns, gap, answer.stagger, Call())
-        rows = (per_view(where.views, x) for x in (when.due, when.layer, when.step))
-        stored = from_tree(where, state.projector)
-        for view, p, *turn in zip(where.views, stored, *rows, strict=True):
+        rows = zip(
+            where.views,
+            from_tree(where, state.projector),
+            per_view(where.views, when.due),
+            per_view(where.views, layer_numbers(where.views)),
+            [made_at(count, x) for x in last],
+            strict=True,
+        )
+        for view, p, due, layer, step in rows:
             if view.batch_leads:
-                rule = Rule(view, answer.methods)
-                taps[positions[view.path]] = _Tap(rule, p, Turn(*turn) if refresh else None)
+                turn = Turn(due, layer, step) if refresh else None
+                taps[positions[view.path]] = _Tap(Rule(view, answer.methods), p, turn)
     return taps
 
 
@@ -264,7 +270,7 @@ def _accumulate(part, taps: dict[int, _Tap], args, has_aux) -> tuple[Any, list[A
         loss, aux = value if has_aux else (value, None)
         for i, (p, renewed) in bases.items():
             if grads[i].basis is not None:
-                p, now = unpack(taps[i].rule.view, grads[i].basis, p)
+                p, now = unpack(taps[i].rule.view, received(grads[i]).basis, p)
                 bases = bases | {i: (p, renewed | now)}
                 grads[i] = dataclasses.replace(grads[i], basis=None)
         return (loss, grads), aux, bases

@@ -11,7 +11,7 @@ from flax import nnx
 
 import galore_jax
 from galore_jax.matrix.trees import bare
-from galore_jax.projector.gradient import ProjectedGradient, is_projected, unpack
+from galore_jax.projector.gradient import ProjectedGradient, is_projected, received, unpack
 from tests.models import HIDDEN, LAYERS, MODELS, OPTIONS, WIDTH, NnxNet, batches, plain
 
 SIDES = ("std", "reverse_std", "left", "right", "full")
@@ -198,7 +198,7 @@ def test_microbatches_are_one_batch(has_aux, refresh):
 
 
 def new_projector(gradient, old):
-    p, renewed = unpack(gradient.view, gradient.basis, old)
+    p, renewed = unpack(gradient.view, received(gradient).basis, old)
     assert renewed.all()
     return p
 
