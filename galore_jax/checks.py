@@ -13,22 +13,24 @@ from galore_jax.matrix.plan import Plan
 from galore_jax.matrix.trees import Sites, path_string
 from galore_jax.matrix.view import MatrixView
 from galore_jax.projector.gradient import is_projected
-from galore_jax.projector.storage import Storage, stored_shapes
+from galore_jax.projector.storage import Storage, array_type, stored_types
 from galore_jax.quantize import Encoded
 from galore_jax.state import is_state
 
 
 def check_state(state: Any, lazy: bool) -> None:
-    """Raise for a state that is not a galore's, or of one whose refreshes were not lazy."""
+    """Raise for a state that is not a galore's, or of one with another `refresh`."""
     if not is_state(state):
         raise TypeError(
             f"galore's state must be a GaLoreState, got {type(state).__name__}. A checkpoint "
             "has to be restored with a target: jax.eval_shape(tx.init, params)"
         )
-    if lazy and isinstance(state.turns_between, optax.EmptyState):
+    if lazy == isinstance(state.turns_between, optax.EmptyState):
+        options = ("lazy", "fixed")
         raise ValueError(
-            "galore's state is of a run with refresh='fixed': it has no turns_between, which "
-            "refresh='lazy' needs. Use the same option, or start from tx.init(params)"
+            f"galore has refresh='{options[not lazy]}', and its state is of a run with "
+            f"refresh='{options[lazy]}': turns_between, by which matrices wait, belongs to 'lazy' "
+            "alone. Use the same option, or start from tx.init(params)"
         )
 
 
@@ -62,16 +64,15 @@ def check_projectors(plan: Plan, where: Sites, projector: Any, storage: Storage)
     trees = projector if isinstance(projector, Encoded) else (projector,)
     for leaf, *stored in zip(plan, *map(where.flatten, trees), strict=True):
         projected = isinstance(leaf, MatrixView)
-        wanted = stored_shapes(leaf, storage or leaf.dtype) if projected else None
-        found = tuple(jnp.shape(p) for p in stored if not isinstance(p, optax.MaskedNode)) or None
+        wanted = stored_types(leaf, storage or leaf.dtype) if projected else None
+        found = tuple(map(array_type, stored)) if jax.tree.leaves(stored) else None
         if wanted != found:
             rank = f" (rank {leaf.rank})" if projected else ""
             raise ValueError(
                 f"galore's state does not fit leaf '{leaf.path}' of shape {leaf.shape}: its "
-                f"projector has shape {found}, expected {wanted}{rank}, None meaning not "
-                "projected. Was the state restored from a run with another rank, proj_type, "
-                "projector_dtype, exclude or weight_dimension_numbers? Use the same, or start "
-                "from tx.init(params)"
+                f"projector is {found}, expected {wanted}{rank}, None meaning not projected. Was "
+                "the state restored from a run with another rank, proj_type, projector_dtype, "
+                "exclude or weight_dimension_numbers? Use the same, or start from tx.init(params)"
             )
 
 

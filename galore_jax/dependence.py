@@ -33,6 +33,7 @@ class Trace(NamedTuple):
 
     call: Callable[..., Any]  # evaluates it, at arguments of the shapes that it was traced with
     depends: Any  # like its result: per array the positions of the flattened inputs it depends on
+    closed: Any  # its jaxpr
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> Trace:
@@ -58,7 +59,7 @@ def trace(fun: Callable[..., Any], *args: Any) -> Trace:
     def call(*args):
         return treedef.unflatten(jaxpr_as_fun(closed)(*jax.tree.leaves(args)))
 
-    return Trace(call, treedef.unflatten(_dependence(_open(closed), {})))
+    return Trace(call, treedef.unflatten(_dependence(opened(closed), {})), closed)
 
 
 def used(results: Any) -> frozenset[int]:
@@ -91,12 +92,12 @@ def _dependence(jaxpr: Any, known: _Known) -> list[_Inputs]:
 
 def _results(eqn: JaxprEqn, operands: list[_Inputs], known: _Known) -> list[_Inputs]:
     """What each result of an equation depends on, given what its operands do."""
-    inner = _inside(eqn)
+    inner = inside(eqn)
 
     def through(jaxpr, inputs):
         return [_union(inputs[i] for i in found) for found in _dependence(jaxpr, known)]
 
-    match _kind(eqn, inner):
+    match kind_of(eqn, inner):
         case "identity":
             return operands
         case "call":
@@ -153,7 +154,7 @@ def uses(fun: Callable[..., Any], which: Sequence[int], *args: Any) -> Uses:
     closed = jax.make_jaxpr(fun)(*args)
     unknown: list[str] = []
     reached = [_Reached(i == 0, 0) for i in range(len(closed.out_avals))]
-    found = _backward(_open(closed), reached, unknown)
+    found = _backward(opened(closed), reached, unknown)
     return Uses([found[i].taps for i in which], list(dict.fromkeys(unknown)))
 
 
@@ -200,14 +201,14 @@ def _backward(jaxpr: Any, outputs: Sequence[_Reached], unknown: list[str]) -> li
 
 def _operands(eqn: JaxprEqn, results: list[_Reached], unknown: list[str]) -> list[_Reached]:
     """What each operand of an equation leads to, given what its results do."""
-    inner = _inside(eqn)
-    match _kind(eqn, inner):
+    inner = inside(eqn)
+    match kind_of(eqn, inner):
         case "tap":
             # A tap that hands the weight on sees its cotangent summed over examples; one that
             # multiplies with it is under their vmap.
             multiplies = not inner or inner[0].eqns
-            rank = len(_shape(eqn.outvars[0])) if multiplies else 0
-            return [_Reached(True, 2 if rank > len(_shape(v)) else 1) for v in eqn.invars]
+            rank = len(shape_of(eqn.outvars[0])) if multiplies else 0
+            return [_Reached(True, 2 if rank > len(shape_of(v)) else 1) for v in eqn.invars]
         case "identity":
             return results
         case "call":
@@ -237,8 +238,8 @@ def _operands(eqn: JaxprEqn, results: list[_Reached], unknown: list[str]) -> lis
                 if kind == "other":
                     unknown.append(eqn.primitive.name)
                 made = _Reached(True, 2)
-            elif len(eqn.invars) == 1 and math.prod(_shape(eqn.outvars[0])) > math.prod(
-                _shape(eqn.invars[0])
+            elif len(eqn.invars) == 1 and math.prod(shape_of(eqn.outvars[0])) > math.prod(
+                shape_of(eqn.invars[0])
             ):
                 made += made  # copies, as by a broadcast
             return [made] * len(eqn.invars)
@@ -252,7 +253,7 @@ class _Loop(NamedTuple):
     length: int | None  # where a stacked operand or result tells
 
 
-def _kind(eqn: JaxprEqn, inner: list[Any]) -> str | _Loop:
+def kind_of(eqn: JaxprEqn, inner: list[Any]) -> str | _Loop:
     """What an equation does; "other" for all that is not known, or is not as expected."""
     name, inputs = eqn.primitive.name, len(eqn.invars)
     if name.startswith("custom_vjp"):
@@ -284,7 +285,7 @@ def _scan(eqn: JaxprEqn, body: Any) -> _Loop | None:
     results and behind the constants among the operands.
     """
     pairs = [
-        [(_shape(v), _shape(w)) for v, w in zip(outside, inside, strict=True)]
+        [(shape_of(v), shape_of(w)) for v, w in zip(outside, inside, strict=True)]
         for outside, inside in zip(
             (eqn.invars, eqn.outvars), (body.invars, body.outvars), strict=True
         )
@@ -308,12 +309,12 @@ def _part(eqn: JaxprEqn) -> Any:
     return (eqn.primitive.name, str(eqn.params), *map(str, indices))
 
 
-def _inside(eqn: JaxprEqn) -> list[Any]:
+def inside(eqn: JaxprEqn) -> list[Any]:
     """The jaxprs that an equation holds."""
 
     def jaxprs(value) -> Iterator[Any]:
-        if isinstance(_open(value), Jaxpr):
-            yield _open(value)
+        if isinstance(opened(value), Jaxpr):
+            yield opened(value)
         elif isinstance(value, list | tuple):
             for x in value:
                 yield from jaxprs(x)
@@ -321,14 +322,14 @@ def _inside(eqn: JaxprEqn) -> list[Any]:
     return list(jaxprs(list(eqn.params.values())))
 
 
-def _open(jaxpr: Any) -> Any:
+def opened(jaxpr: Any) -> Any:
     """A jaxpr without its constants, which depend on no input; closed ones had a type of theirs."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _taps_within(jaxpr: Any) -> bool:
     return any(
-        eqn.primitive.name.startswith("custom_vjp") or any(map(_taps_within, _inside(eqn)))
+        eqn.primitive.name.startswith("custom_vjp") or any(map(_taps_within, inside(eqn)))
         for eqn in jaxpr.eqns
     )
 
@@ -337,7 +338,8 @@ def _is_ref(var: Any) -> bool:
     return hasattr(var.aval, "inner_aval")
 
 
-def _shape(var: Any) -> tuple[int, ...]:
+def shape_of(var: Any) -> tuple[int, ...]:
+    """Shape of a variable."""
     return getattr(var.aval, "shape", ())
 
 

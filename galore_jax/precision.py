@@ -24,6 +24,12 @@ def wide(x: jax.typing.ArrayLike) -> jax.Array:
     return x.astype(wide_dtype(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
+def debias(decay: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> jax.Array:
+    """`1 - decay^count`: what an average of so many steps is short of."""
+    # In floats: strict dtype promotion has no power of an integer.
+    return 1 - decay ** jnp.asarray(count, jnp.float32)  # type: ignore[operator]
+
+
 def compiled_if_narrow(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function where it is called eagerly with arrays of half precision.
 

@@ -1,5 +1,11 @@
 r"""Blockwise quantisation: arrays as 8-bit or 4-bit codes with one float32 scale a block.
 
+Blocks run along the longer of an array's last two axes, in as few pieces of one size as hold up
+to 256 numbers each; all other axes stay as they are. Of low-rank moments and of projectors the
+longer axis is never the one of the rank, so a block holds numbers of one direction: a block's
+small numbers are coarse, and a weak direction must not pay for a strong one. Nor does a block
+cross from one matrix of a stack to the next.
+
 One piece for 8-bit moments and for quantised projectors. `encode` and `decode` are pure
 functions over a `Format`; the formats stand in one table, `FORMATS`:
 
@@ -7,7 +13,8 @@ functions over a `Format`; the formats stand in one table, `FORMATS`:
 name             dtype levels decoded value
 ================ ===== ====== =====================================================
 dynamic          uint8 256    scale * table[code], bitsandbytes' signed dynamic map
-dynamic_unsigned uint8 256    the same with the unsigned map, for second moments
+dynamic_unsigned uint8 256    the same with the unsigned map, for second moments: of what is
+                              above zero none decodes to zero, by which one would divide
 int8             int8  256    scale * code
 int4             uint8 16     scale * code, two codes a byte
 ================ ===== ====== =====================================================
@@ -27,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 256
+BLOCK = 256  # numbers of a block, at most
 
 _DECADES = 7  # of the dynamic maps: magnitudes from 1e-7 to 1
 _SMALLEST = np.finfo(np.float32).tiny  # subnormals below it are zero on most devices
@@ -61,13 +68,13 @@ class Encoded(NamedTuple):
     """Codes and scales of one array."""
 
     codes: Any  # shape of the array; int4: its last axis halved, rounded up
-    scales: Any  # float32, batch + (blocks,)
+    scales: Any  # float32, that shape with the number of blocks for the axis of the blocks
 
 
-def encode(x: jax.Array, fmt: Format, batch: int = 0) -> Encoded:
-    r"""Quantise an array, or each slice of a stack of arrays, in blocks of 256 numbers.
+def encode(x: jax.Array, fmt: Format) -> Encoded:
+    r"""Quantise an array in blocks of up to 256 numbers along the longer of its last two axes.
 
-    Blocks run over the flattened content of each slice, the last one padded with zeros. With
+    Slice i of the codes and scales of a stack of matrices is slice i, encoded. With
     x a block and s its scale, a dynamic format stores
 
     .. math::
@@ -85,13 +92,12 @@ def encode(x: jax.Array, fmt: Format, batch: int = 0) -> Encoded:
     A number that is not finite is stored as zero and leaves the rest of its block alone, as
     in bitsandbytes' optimizers. A block of zeros decodes to exact zeros; so does one whose
     largest magnitude lies where float32 has no normal inverse (below 1e-38, above 8e37).
-    An unsigned format stores negative numbers as zero.
+    An unsigned format stores negative numbers as zero, and positive ones at its smallest level at
+    least.
 
     Args:
         x: array of a floating dtype; computed with in float32.
         fmt: one of `FORMATS`.
-        batch: number of leading axes that are stacked: slice i of the codes and of the scales
-            is slice i of `x`, encoded.
 
     Returns:
         An `Encoded`, as `spec` describes it.
@@ -99,30 +105,31 @@ def encode(x: jax.Array, fmt: Format, batch: int = 0) -> Encoded:
     Example:
         >>> import jax.numpy as jnp
         >>> from galore_jax.quantize import INT4, decode, encode
-        >>> x = jnp.array([[1.0, -8.0, 3.0], [0.0, 0.5, 6.0]])
+        >>> x = jnp.array([[1.0, -8.0, 3.0], [0.0, 0.5, -2.0]])
         >>> codes, scales = encode(x, INT4)
         >>> codes.shape, scales.shape
-        ((2, 2), (1,))
+        ((2, 2), (2, 1))
         >>> decode(codes, scales, INT4, x.shape)
-        Array([[ 1., -8.,  3.],
-               [ 0.,  0.,  6.]], dtype=float32)
+        Array([[ 1. , -8. ,  3. ],
+               [ 0. ,  0.5, -2. ]], dtype=float32)
 
     References:
         Dettmers et al., `8-bit Optimizers via Block-wise Quantization
         <https://arxiv.org/abs/2110.02861>`_, 2021
     """
     x = x.astype(jnp.float32)
-    return encode_finite(jnp.where(jnp.abs(x) < jnp.inf, x, 0), fmt, batch)
+    return encode_finite(jnp.where(jnp.abs(x) < jnp.inf, x, 0), fmt)
 
 
 # Compiled pieces: traced once for all leaves of a shape.
-@functools.partial(jax.jit, static_argnames=("fmt", "batch"))
-def encode_finite(x: jax.Array, fmt: Format, batch: int = 0) -> Encoded:
+@functools.partial(jax.jit, static_argnames=("fmt",))
+def encode_finite(x: jax.Array, fmt: Format) -> Encoded:
     """Do the work of `encode` on float32 numbers that are known to be finite."""
-    blocks = _blocks(x, batch)
-    codes, scales = (_encode_dynamic if fmt.dynamic else _encode_linear)(blocks, fmt)
-    codes = _unblocks(codes, x.shape, batch)
-    return Encoded(_pack(codes) if fmt.bits == 4 else codes.astype(fmt.dtype), scales[..., 0])
+    axis = _layout(x.shape).axis
+    encoder = _encode_dynamic if fmt.dynamic else _encode_linear
+    codes, scales = encoder(_blocks(x), fmt, axis)
+    codes, scales = _unblocks(codes, x.shape), jnp.squeeze(scales, axis)
+    return Encoded(_pack(codes) if fmt.bits == 4 else codes.astype(fmt.dtype), scales)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "shape", "dtype"))
@@ -133,7 +140,7 @@ def decode(
 
     Args:
         codes: the stored codes.
-        scales: float32, batch + (blocks,); its axes tell how many axes are stacked.
+        scales: the scales of their blocks.
         fmt: the format of `encode`.
         shape: shape of the array (packed codes do not tell an odd last axis).
         dtype: dtype of the result, float32 by default.
@@ -145,67 +152,64 @@ def decode(
         >>> import jax.numpy as jnp
         >>> from galore_jax.quantize import INT8, decode, encode
         >>> x = jnp.arange(-4.0, 4.0).reshape(2, 2, 2)
-        >>> codes, scales = encode(x, INT8, batch=1)
+        >>> codes, scales = encode(x, INT8)
         >>> decode(codes[1], scales[1], INT8, (2, 2)).round(1)
         Array([[-0.,  1.],
                [ 2.,  3.]], dtype=float32)
     """
     if fmt.bits == 4:
         codes = _unpack(codes, shape)
-    batch = scales.ndim - 1
-    blocks = _blocks(codes, batch)
+    blocks = _blocks(codes)
     if fmt.dynamic:
         # A gather is the fastest of what was tried, and exact (benchmarks/eightbit.py).
         table = jnp.asarray(dynamic_map(fmt.signed))
         values = table.at[blocks.astype(jnp.int32)].get(mode="promise_in_bounds")
     else:
         values = blocks.astype(jnp.float32)
-    x = _unblocks(values * scales[..., None], shape, batch)
+    x = _unblocks(values * jnp.expand_dims(scales, _layout(shape).axis), shape)
     return x.astype(jnp.float32 if dtype is None else dtype)
 
 
-def spec(shape: tuple[int, ...], fmt: Format, batch: int = 0) -> Encoded:
+def spec(shape: tuple[int, ...], fmt: Format) -> Encoded:
     """Shapes and dtypes that `encode` gives for an array of a shape.
 
     Args:
         shape: shape of the array.
         fmt: one of `FORMATS`.
-        batch: number of leading axes that are stacked.
 
     Returns:
         An `Encoded` of `jax.ShapeDtypeStruct`.
 
     Example:
         >>> from galore_jax.quantize import INT4, spec
-        >>> codes, scales = spec((8, 512, 127), INT4, batch=1)
+        >>> codes, scales = spec((8, 512, 127), INT4)
         >>> codes.shape, scales.shape
-        ((8, 512, 64), (8, 254))
+        ((8, 512, 64), (8, 2, 127))
     """
     stored = (*shape[:-1], -(-math.prod(shape[-1:]) // 2)) if fmt.bits == 4 else shape
-    blocks = -(-math.prod(shape[batch:]) // BLOCK)
+    blocks = list(shape or (1,))
+    blocks[_layout(shape).axis] = _layout(shape).count
     return Encoded(
-        jax.ShapeDtypeStruct(stored, fmt.dtype),
-        jax.ShapeDtypeStruct((*shape[:batch], blocks), np.float32),
+        jax.ShapeDtypeStruct(stored, fmt.dtype), jax.ShapeDtypeStruct(tuple(blocks), np.float32)
     )
 
 
-def zeros(shape: tuple[int, ...], fmt: Format, batch: int = 0) -> Encoded:
+def zeros(shape: tuple[int, ...], fmt: Format) -> Encoded:
     """Encode zeros, without ever holding them in full.
 
     Args:
         shape: shape of the array.
         fmt: one of `FORMATS`.
-        batch: number of leading axes that are stacked.
 
     Returns:
-        An `Encoded` of arrays, equal to `encode(jnp.zeros(shape), fmt, batch)`.
+        An `Encoded` of arrays, equal to `encode(jnp.zeros(shape), fmt)`.
 
     Example:
         >>> from galore_jax.quantize import DYNAMIC, zeros
         >>> zeros((2,), DYNAMIC)
         Encoded(codes=Array([127, 127], dtype=uint8), scales=Array([0.], dtype=float32))
     """
-    codes, scales = spec(shape, fmt, batch)
+    codes, scales = spec(shape, fmt)
     return Encoded(jnp.full(codes.shape, fmt.zero, codes.dtype), jnp.zeros(scales.shape))
 
 
@@ -236,14 +240,17 @@ def _decades(signed: bool) -> list[tuple[int, int]]:
     return [(count, 1 + sum(counts[:i])) for i, count in enumerate(counts)]
 
 
-def _encode_dynamic(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
-    top, bottom = _extremes(blocks) if fmt.signed else (jnp.max(blocks, -1, keepdims=True), 0)
+def _encode_dynamic(blocks: jax.Array, fmt: Format, axis: int) -> tuple[jax.Array, jax.Array]:
+    signed = fmt.signed
+    top, bottom = _extremes(blocks, axis) if signed else (jnp.max(blocks, axis, keepdims=True), 0)
     scale, y = _normalise(blocks, jnp.maximum(top, -bottom))
     return nearest_level(y, fmt), scale
 
 
 def nearest_level(y: jax.Array, fmt: Format) -> jax.Array:
     """Find the codes of a dynamic map's levels nearest to numbers in [-1, 1].
+
+    Of the unsigned map, positive numbers never get zero's.
 
     First the decade, then linear within it: seven comparisons, which vectorise. A search in the
     table takes 5 to 20 times as long (benchmarks/eightbit.py).
@@ -263,29 +270,29 @@ def nearest_level(y: jax.Array, fmt: Format) -> jax.Array:
     distance = jnp.where(size > middles[-1], np.float32(len(middles)), distance).astype(jnp.int32)
     if fmt.signed:
         # The map has 1 but not -1, so that the most negative number gets the level before.
-        distance = jnp.where(y < 0, jnp.maximum(-distance, -fmt.zero), distance)
-    return distance + fmt.zero
+        return jnp.where(y < 0, jnp.maximum(-distance, -fmt.zero), distance) + fmt.zero
+    return jnp.where(y > 0, jnp.maximum(distance, 1), distance)
 
 
-def _encode_linear(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
+def _encode_linear(blocks: jax.Array, fmt: Format, axis: int) -> tuple[jax.Array, jax.Array]:
     """Codes of equal steps, and the scale of least squares.
 
     For an orthonormal basis in 4 bits, the level more and the fit take the error from 0.126
     to 0.110 of the basis's norm.
     """
     lowest = -(2 ** (fmt.bits - 1))
-    top, bottom = _extremes(blocks)
+    top, bottom = _extremes(blocks, axis)
     scale, y = _normalise(blocks, jnp.where(top > -bottom, top, bottom) / lowest)
     codes = jnp.clip(jnp.round(y), lowest, -lowest - 1)
-    fit = jnp.sum(codes * y, -1, keepdims=True)
-    fit /= jnp.maximum(jnp.sum(jnp.square(codes), -1, keepdims=True), 1)
+    fit = jnp.sum(codes * y, axis, keepdims=True)
+    fit /= jnp.maximum(jnp.sum(jnp.square(codes), axis, keepdims=True), 1)
     return codes.astype(jnp.int32), scale * fit
 
 
-def _extremes(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _extremes(blocks: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     # On a CPU these two take half the time of one maximum of magnitudes, which is no plain
     # reduction there.
-    return jnp.max(blocks, -1, keepdims=True), jnp.min(blocks, -1, keepdims=True)
+    return jnp.max(blocks, axis, keepdims=True), jnp.min(blocks, axis, keepdims=True)
 
 
 def _normalise(blocks: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -294,19 +301,36 @@ def _normalise(blocks: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Arra
     return jnp.where(usable, scale, 0), blocks * jnp.where(usable, 1 / scale, 0)
 
 
-def _blocks(x: jax.Array, batch: int) -> jax.Array:
-    """View an array as batch + (blocks, 256), padded with zeros."""
-    x = x.reshape(*x.shape[:batch], math.prod(x.shape[batch:]))
-    if missing := -x.shape[-1] % BLOCK:
-        x = jnp.pad(x, [(0, 0)] * batch + [(0, missing)])
-    return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+class _Layout(NamedTuple):
+    axis: int  # -1 or -2: of the blocks in an array, and of the numbers in an array of blocks
+    count: int
+    length: int  # of each block, the last one padded with zeros
 
 
-def _unblocks(blocks: jax.Array, shape: tuple[int, ...], batch: int) -> jax.Array:
+def _layout(shape: tuple[int, ...]) -> _Layout:
+    axis = -2 if len(shape) > 1 and shape[-2] > shape[-1] else -1
+    size = max(shape[axis], 1) if shape else 1
+    count = -(-size // BLOCK)
+    return _Layout(axis, count, -(-size // count))
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """Cut the axis of the blocks into two: the blocks, and the numbers of each."""
+    axis, count, length = _layout(x.shape)
+    x = jnp.atleast_1d(x)
+    at = x.ndim + axis
+    if missing := count * length - x.shape[at]:
+        x = jnp.pad(x, [(0, missing * (i == at)) for i in range(x.ndim)])
+    return x.reshape(*x.shape[:at], count, length, *x.shape[at + 1 :])
+
+
+def _unblocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undo `_blocks`."""
-    size = math.prod(shape[batch:])
-    x = blocks.reshape(*shape[:batch], blocks.shape[-2] * BLOCK)
-    return (x if x.shape[-1] == size else x[..., :size]).reshape(shape)
+    axis, count, length = _layout(shape)
+    padded = list(shape or (1,))
+    padded[axis] = count * length
+    x = blocks.reshape(padded)
+    return jax.lax.slice(x, [0] * x.ndim, shape or (1,)).reshape(shape)
 
 
 def _pack(codes: jax.Array) -> jax.Array:

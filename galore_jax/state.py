@@ -35,7 +35,7 @@ class GaLoreState(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("state", "gap"),
+    data_fields=("state", "gap", "lifted", "arrived"),
     meta_fields=("number", "answers"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Asked:
     gap: jax.Array  # int32: on the way back T, which may be a schedule's
     number: int
     answers: Answers
+    lifted: Any = None  # by path, what to return for projected leaves; None for what is given
+    arrived: Any = None  # on the way back, what was given for them, by path
 
 
 class Answers(dict[int, "Answer"]):
@@ -107,16 +109,8 @@ def ask(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[T
     Raises:
         ValueError: where a state's galore is not reached by an update.
     """
-    states: list[GaLoreState] = []
     answers = Answers()
-
-    def number(x):
-        if not is_state(x):
-            return x
-        states.append(x)
-        return Asked(x, jnp.zeros([], jnp.int32), len(states) - 1, answers)
-
-    asking = jax.tree.map(number, bare(opt_state), is_leaf=is_state)
+    asking, states = _asking(opt_state, answers)
     if not states:
         return []
 
@@ -124,8 +118,7 @@ def ask(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[T
         nothing = jax.tree.map(jnp.zeros_like, params)
         # Links that follow the loss do not run without it.
         _, new = update_with(tx, Call(), nothing, asking, params, value=jnp.zeros([]))
-        found = [x for x in jax.tree.leaves(new, is_leaf=_is_asked) if _is_asked(x)]
-        return {x.number: x.gap for x in found}
+        return {x.number: x.gap for x in _asked(new)}
 
     found = jax.eval_shape(gaps, params, asking)
     said = dict(answers)
@@ -143,15 +136,56 @@ def ask(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[T
     return [Told(a, state, gap if a.gap is None else a.gap) for a, state, gap in told]
 
 
+def _asking(opt_state: Any, answers: Answers, lifted: Any = None) -> tuple[Any, list[GaLoreState]]:
+    """An optimizer's state whose galores are asked, and their states."""
+    states: list[GaLoreState] = []
+
+    def number(x):
+        if not is_state(x):
+            return x
+        states.append(x)
+        return Asked(x, jnp.zeros([], jnp.int32), len(states) - 1, answers, lifted)
+
+    return jax.tree.map(number, bare(opt_state), is_leaf=is_state), states
+
+
+def _asked(tree: Any) -> list[Asked]:
+    return [x for x in jax.tree.leaves(tree, is_leaf=_is_asked) if _is_asked(x)]
+
+
+def around(
+    tx: optax.GradientTransformation, updates: Any, opt_state: Any, params: Any, lifted: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """What an optimizer does around its galores.
+
+    Args:
+        tx: the optimizer.
+        updates: what it is given.
+        opt_state: its state.
+        params: the parameters.
+        lifted: by path, what its galores make of the leaves that they project.
+
+    Returns:
+        What it makes of that, the state without that of its galores, and by path what reached
+        them.
+    """
+    asking, _ = _asking(opt_state, Answers(), lifted)
+    out, new = update_with(tx, Call(), updates, asking, params, value=jnp.zeros([]))
+    arrived = {path: x for asked in _asked(new) for path, x in asked.arrived.items()}
+    rest = jax.tree.map(lambda x: None if _is_asked(x) else x, new, is_leaf=_is_asked)
+    return out, rest, arrived
+
+
 def answer(
+    updates: Any,
     asked: Asked,
     settings: Settings,
     params: Any,
     inner: optax.GradientTransformation,
     call: Call | None,
     needs: str | None = None,
-) -> Asked:
-    """Note what a galore would do; it hands the asking state back."""
+) -> tuple[Any, Asked]:
+    """Note what a galore would do; it hands updates and the asking state back."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     gap = settings.update_proj_gap
     asked.answers[asked.number] = Answer(
@@ -164,7 +198,13 @@ def answer(
         needs=needs or settings.needs,
         called=call is not None,
     )
-    return dataclasses.replace(asked, gap=jnp.asarray(gap, jnp.int32))
+    asked = dataclasses.replace(asked, gap=jnp.asarray(gap, jnp.int32))
+    if asked.lifted is None:
+        return updates, asked
+    where = asked.answers[asked.number].where
+    arrived = dict(zip((x.path for x in where.views), where.pick(updates), strict=True))
+    updates = where.put([asked.lifted.get(path, x) for path, x in arrived.items()], updates)
+    return updates, dataclasses.replace(asked, arrived=arrived)
 
 
 def _has_shapes(tree: Any) -> bool:

@@ -177,7 +177,7 @@ def _around(
             plan = settings.plan(like)
             where = sites(plan, jax.tree.structure(like))
             checks.check_projectors(plan, where, state.state.projector, settings.storage)
-            return given, answer(state, settings, like, inner, galore)
+            return answer(given, state, settings, like, inner, galore)
         call = galore or Call()
         out, state = _update(settings, inner, updates, state, params, call, extra_args)
         treedef = jax.tree.structure(given, is_leaf=is_projected)
@@ -241,8 +241,7 @@ def _update(settings: Settings, inner, updates, state, params, call: Call, extra
     turns = where.pick(state.turns_between) if settings.lazy else None
     gap, stagger = settings.update_proj_gap, settings.stagger
     when = schedule(views, count, last, turns, gap, stagger, call)
-    now = refresh(views, sources, old, when, settings.methods)
-    refreshed = [jnp.where(x, count, y) for x, y in zip(now.renewed, last, strict=True)]
+    now = refresh(views, sources, old, last, when, settings.methods)
 
     # Project. The inner optimizer meets zeros in the place of projected weights.
     projected = [low_rank(*x) for x in zip(views, now.stored, grads, strict=True)]
@@ -253,15 +252,8 @@ def _update(settings: Settings, inner, updates, state, params, call: Call, extra
         return inner.update(low_grads, inner_state, p, **extra_args)
 
     # Carry the moments over.
-    ages = [count - last + 1 for last in refreshed]
     inner_state, factors = carry_over(
-        settings.moments,
-        state.inner_state,
-        lambda s: next_inner(s, zeros)[1],
-        where,
-        old,
-        now,
-        ages,
+        settings.moments, state.inner_state, lambda s: next_inner(s, zeros)[1], where, old, now
     )
 
     # Update in the subspace.
@@ -297,7 +289,7 @@ def _update(settings: Settings, inner, updates, state, params, call: Call, extra
     return list(map(_like, out, where.flatten(like))), GaLoreState(
         optax.safe_increment(count),
         to_tree(where, now.stored, settings.storage),
-        where.only(refreshed),
+        where.only(now.refreshed),
         inner_state,
         residual_state,
         turns_between,

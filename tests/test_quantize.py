@@ -1,4 +1,4 @@
-"""Blockwise quantisation: the codes of bitsandbytes, errors, batches, packing, odd inputs."""
+"""Blockwise quantisation: the codes of bitsandbytes, errors, layouts, packing, odd inputs."""
 
 import functools
 
@@ -28,15 +28,16 @@ FMTS = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 DYNAMICS = pytest.mark.parametrize("fmt", [DYNAMIC, DYNAMIC_UNSIGNED], ids=["signed", "unsigned"])
 
 
-def there_and_back(x, fmt, batch=0):
-    return decode(*encode(x, fmt, batch), fmt, x.shape)
+def there_and_back(x, fmt):
+    return decode(*encode(x, fmt), fmt, x.shape)
 
 
 def nearest(y, fmt):
-    """The reference: the nearest level of the map, in float64."""
+    """The reference: the nearest level of the map, in float64; unsigned not zero but for zero."""
     table = dynamic_map(fmt.signed).astype(np.float64)
     middles = (table[1:] + table[:-1]) / 2
-    return np.searchsorted(middles, np.asarray(y, np.float64)), middles
+    found = np.searchsorted(middles, np.asarray(y, np.float64))
+    return (found if fmt.signed else np.maximum(found, np.asarray(y) > 0)), middles
 
 
 def test_map_is_that_of_bitsandbytes():
@@ -58,9 +59,10 @@ def test_every_level_is_its_own_code(fmt):
 def test_codes_are_the_nearest_levels(fmt):
     """All magnitudes; differences only within ten roundings of a middle of levels."""
     rng = np.random.default_rng(0)
-    x = rng.uniform(-1, 1, (4096, BLOCK)) * 10.0 ** rng.uniform(-8, 0, (4096, BLOCK))
+    shape = (4096, 1, BLOCK)  # each row a block
+    x = rng.uniform(-1, 1, shape) * 10.0 ** rng.uniform(-8, 0, shape)
     x = x.astype(np.float32) if fmt.signed else np.abs(x).astype(np.float32)
-    x[:, 0] = 1  # the scale, so that nothing is rounded before the comparison
+    x[..., 0] = 1  # the scale, so that nothing is rounded before the comparison
     codes = np.asarray(jax.jit(lambda x: encode(x, fmt).codes)(x)).astype(int)
     best, _ = nearest(x, fmt)
     assert np.mean(codes != best) < 1e-5
@@ -98,10 +100,11 @@ def test_codes_of_bitsandbytes_itself(fmt):
     theirs, state = functional.quantize_blockwise(
         torch.tensor(x), torch.tensor(np.array(table)), blocksize=BLOCK
     )
-    np.testing.assert_array_equal(ours.scales, state.absmax.numpy())
+    np.testing.assert_array_equal(ours.scales.ravel(), state.absmax.numpy())
     kernel = theirs.numpy().astype(int)
     further = np.abs(table[codes] - y) - np.abs(table[kernel] - y)
-    assert np.max(further) < 2e-7
+    smallest = 0 if fmt.signed else table[1]  # where ours is not zero although zero is nearer
+    assert np.max(further[np.abs(y) > smallest / 2]) < 2e-7
     large = np.abs(y) > 1e-3
     assert np.max(np.abs(codes - kernel)[large]) <= 1
     assert np.mean((codes != kernel)[large]) < 0.02
@@ -110,21 +113,19 @@ def test_codes_of_bitsandbytes_itself(fmt):
 @pytest.mark.slow
 @hypothesis.given(
     st.sampled_from(list(FORMATS.values())),
-    st.lists(st.integers(1, 40), max_size=4),
-    st.integers(0, 2),
+    st.lists(st.sampled_from([1, 2, 5, 40, 300]), max_size=4),
     st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
 )
 @hypothesis.settings(deadline=None, max_examples=15)
-def test_any_shape(fmt, shape, batch, dtype):
-    shape, batch = tuple(shape), min(batch, len(shape))
-    # Codes of 4 bits are packed along the last axis: a stack of single numbers has none to pack.
-    hypothesis.assume(fmt.bits == 8 or not batch or len(shape) > batch)
+def test_any_shape(fmt, shape, dtype):
+    shape = tuple(shape)
+    hypothesis.assume(np.prod(shape) < 1e6)
     x = jnp.asarray(normal(0, *shape) ** (1 if fmt.signed else 2), dtype)
-    stored = encode(x, fmt, batch)
-    described = spec(shape, fmt, batch)
+    stored = encode(x, fmt)
+    described = spec(shape, fmt)
     for array, form in zip(stored, described, strict=True):
         assert (array.shape, array.dtype) == (form.shape, form.dtype)
-    traced = jax.eval_shape(functools.partial(encode, fmt=fmt, batch=batch), x)
+    traced = jax.eval_shape(functools.partial(encode, fmt=fmt), x)
     assert jax.tree.leaves(traced) == jax.tree.leaves(described)
     if fmt.bits == 8:
         assert stored.codes.shape == shape
@@ -136,17 +137,38 @@ def test_any_shape(fmt, shape, batch, dtype):
     tolerance = (step[fmt.name] + 0.01 * (dtype != jnp.float32)) * np.max(np.abs(x))
     np.testing.assert_allclose(np.asarray(y, np.float64), x, rtol=0, atol=tolerance)
 
-    for i in {0, shape[0] - 1} if batch else ():
+    for i in {0, shape[0] - 1} if len(shape) > 2 else ():
         y_i = decode(stored.codes[i], stored.scales[i], fmt, shape[1:], dtype)
         np.testing.assert_array_equal(y_i, y[i])
-        codes, scales = encode(jnp.asarray(x[i], dtype), fmt, batch - 1)
+        codes, scales = encode(jnp.asarray(x[i], dtype), fmt)
         np.testing.assert_array_equal(codes, stored.codes[i])
         np.testing.assert_allclose(scales, stored.scales[i], rtol=1e-6)
 
 
 @FMTS
+@pytest.mark.parametrize("shape", [(300, 7), (7, 300), (2, 300, 7)])
+def test_a_block_holds_numbers_of_one_direction(fmt, shape):
+    """Directions lie along the longer axis: none is coarser for a strong one beside it."""
+    strong = np.abs(normal(0, *shape))
+    spectrum = 10.0 ** -np.arange(7)
+    x = strong * (spectrum[:, None] if shape[-1] == 300 else spectrum)
+    y = there_and_back(jnp.asarray(x, jnp.float32), fmt)
+    axis = -1 if shape[-1] == 300 else -2
+    error = np.linalg.norm(y - x, axis=axis) / np.linalg.norm(x, axis=axis)
+    assert np.max(error) < (0.2 if fmt is INT4 else 0.02)
+
+
+def test_second_moments_above_zero_are_never_stored_as_zero():
+    x = np.abs(normal(0, 8, BLOCK)) * 10.0 ** np.random.default_rng(1).uniform(-20, 0, (8, BLOCK))
+    x[:, 5] = 0
+    y = np.asarray(there_and_back(jnp.asarray(x, jnp.float32), DYNAMIC_UNSIGNED))
+    np.testing.assert_array_equal(y > 0, x > 0)
+    assert np.all(y[x < 1e-8] < 1e-6 * np.max(x))
+
+
+@FMTS
 def test_zeros(fmt):
-    stored, encoded = zeros((3, 5, 77), fmt, 1), encode(jnp.zeros((3, 5, 77)), fmt, 1)
+    stored, encoded = zeros((3, 5, 77), fmt), encode(jnp.zeros((3, 5, 77)), fmt)
     jax.tree.map(np.testing.assert_array_equal, stored, encoded)
     assert stored.codes.dtype == encoded.codes.dtype == fmt.dtype
     assert not np.any(decode(*stored, fmt, (3, 5, 77)))
@@ -196,14 +218,14 @@ def test_codes_of_decoded_numbers_stay(fmt):
 @FMTS
 def test_under_jit_vmap_scan(fmt):
     x = jnp.asarray(normal(0, 3, 4, 130))
-    stored = encode(x, fmt, 1)
+    stored = encode(x, fmt)
 
     def same(a, b):
         """Codes apart by one only where the compiler rounds a product otherwise."""
         a, b = (np.asarray(decode(*s, fmt, x.shape)) for s in (a, b))
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
-    same(jax.jit(functools.partial(encode, fmt=fmt, batch=1))(x), stored)
+    same(jax.jit(functools.partial(encode, fmt=fmt))(x), stored)
     same(jax.vmap(functools.partial(encode, fmt=fmt))(x), stored)
     same(jax.lax.map(functools.partial(encode, fmt=fmt), x), stored)
     unstacked = jax.vmap(lambda c, s: decode(c, s, fmt, (4, 130)))(*stored)

@@ -484,12 +484,21 @@ def test_an_inner_that_is_no_transformation_is_a_type_error():
 
 
 @pytest.mark.parametrize(
-    "other", [dict(rank=3), dict(rank=4, exclude="w"), dict(rank=4, proj_type="left")]
+    "other",
+    [
+        dict(rank=3),
+        dict(rank=4, exclude="w"),
+        dict(rank=4, proj_type="left"),
+        dict(rank=4, projector_dtype="bfloat16"),
+        dict(rank=4, projector_dtype="int8"),
+    ],
 )
 def test_a_state_of_another_run_is_refused(other):
     params = params_like({"w": (12, 24)})
     state = galore_jax.galore_adamw(1e-2, rank=4).init(params)
-    with pytest.raises(ValueError, match=r"does not fit leaf 'w' of shape \(12, 24\).*\(12, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"does not fit leaf 'w' of shape \(12, 24\).*float32\[12,4\]"
+    ):
         galore_jax.galore_adamw(1e-2, **other).update(grads_like(params, 0), state, params)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import dependence
+from galore_jax.multiples import Group, multiples
 from galore_jax.warn import warn
 
 LowRank = list[jax.Array]
@@ -69,13 +70,25 @@ def split_affine(
         )
     zeros, ones = (jax.tree.map(f, like) for f in (jnp.zeros_like, jnp.ones_like))
     at_zero, slope, rest = traced.call(zeros, ones)
-    return at_zero, rest, list(map(_one_number, slope)) if sloped else None
+    if not sloped:
+        return at_zero, rest, None
+    count = len(like)
+    directions = [Group((count + i,), frozenset([count + i])) for i in range(count)]
+    found = multiples(traced.closed, directions)
+    known = [found.scaled([count + i], group) is None for i, group in enumerate(directions)]
+    return at_zero, rest, [_one_number(x, one) for x, one in zip(slope, known, strict=True)]
 
 
-def _one_number(slope: jax.Array) -> jax.Array:
-    """The number that each matrix of (..., a, b) repeats; NaN where it holds several."""
-    first = slope[..., :1, :1]
-    return jnp.where(jnp.all(slope == first, axis=(-2, -1)), first[..., 0, 0], jnp.nan)
+def _one_number(slope: jax.Array, known: bool) -> jax.Array:
+    """The number that each matrix of (..., a, b) repeats; NaN where it holds several.
+
+    An update that is known to multiply the parameters by a number need not be looked at.
+    """
+    first = slope[..., 0, 0]
+    if known:
+        return first
+    same = jnp.all(slope == first[..., None, None], axis=(-2, -1))
+    return jnp.where(same, first, jnp.nan)
 
 
 def reads_params(init: Callable[[LowRank], Any], like: LowRank) -> list[bool]:

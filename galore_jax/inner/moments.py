@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from galore_jax.matrix.plan import Plan
 from galore_jax.matrix.trees import Sites, owners
 from galore_jax.matrix.view import MatrixView
+from galore_jax.precision import debias
 from galore_jax.projector.project import bases, contract
 from galore_jax.projector.refresh import Projectors
 from galore_jax.projector.storage import Stored
@@ -60,7 +61,6 @@ def carry_over(
     where: Sites,
     old: Sequence[Stored],
     now: Projectors,
-    ages: Sequence[jax.Array],
 ) -> tuple[Any, list[jax.Array] | None]:
     """Take the inner state over from the old projectors to the new ones.
 
@@ -70,8 +70,7 @@ def carry_over(
         next_state: its update at this step's gradient, from state to state.
         where: the projected leaves.
         old: their projectors at the last step.
-        now: those of this step, and which of them are new.
-        ages: int32, of each view's batch shape: steps since the last refresh, this one included.
+        now: those of this step, and when they were made.
 
     Returns:
         The state to update from, and per leaf a factor of the leaf's batch shape on the
@@ -82,6 +81,7 @@ def carry_over(
     if policy == "rotate":
         return _rotate(inner_state, next_state, where, old, now), None
     inner_state = _reset(inner_state, where, now)
+    ages = [now.count - step + 1 for step in now.refreshed]  # this step included
     return inner_state, _reset_correction(inner_state, next_state, where, ages)
 
 
@@ -153,7 +153,8 @@ def _reset_correction(inner_state, next_state, where: Sites, ages: Sequence[jax.
         held = [isinstance(x, jax.Array) for x in where.pick(_moment_trees(node)[_SECOND])]
         for i, age in enumerate(ages):
             k = jnp.minimum(age, t)
-            ours = (1 - b1**t) / (1 - b1**k) * jnp.sqrt((1 - b2**k) / (1 - b2**t))
+            first = debias(b1, t) / debias(b1, k)
+            ours = first * jnp.sqrt(debias(b2, k) / debias(b2, t))
             if held[i]:
                 factors[i] = ours if factors[i] is None else factors[i] * ours
     if all(f is None for f in factors):
@@ -227,5 +228,5 @@ def _debias(rate: jax.Array | None, node: Any) -> jax.Array | float:
     """`1 - b^t` where the state counts its steps; guarded for the first step."""
     if rate is None or "count" not in node._fields:
         return 1.0
-    weight = 1 - rate**node.count
+    weight = debias(rate, node.count)
     return jnp.where(weight > 0, weight, 1.0)

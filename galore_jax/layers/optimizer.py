@@ -25,8 +25,9 @@ from galore_jax.state import ask
 class Parts(NamedTuple):
     """An optimizer that can update some parameters at a time."""
 
-    # (gradients, weights, state, layer) -> ((weights, state), shared state), by position; the
-    # gradients say which, of the others more may be given.
+    # (gradients, weights, state, layer, value) -> ((weights, state), shared state), by position;
+    # the gradients say which, of the others more may be given. Links that follow the loss get it
+    # as `value`.
     step: Callable[..., tuple[tuple[Arrays, Arrays], Arrays]]
     owner: list[int | None]  # of each array in the state, the parameter it belongs to
     paths: list[str]  # of the parameters
@@ -69,7 +70,7 @@ def in_parts(tx, params, opt_state, refresh: bool, rounding_key: jax.Array | Non
     matrices = _numbered(tx, params, opt_state)
     absent = optax.MaskedNode()
 
-    def step(grads, weights, state, layer=None, refresh=refresh):
+    def step(grads, weights, state, layer=None, value=None, refresh=refresh):
         def tree(values):
             return treedef.unflatten(
                 [values[i] if i in grads else absent for i in range(len(paths))]
@@ -82,7 +83,9 @@ def in_parts(tx, params, opt_state, refresh: bool, rounding_key: jax.Array | Non
         call = Call(
             refresh=refresh, layer=jnp.asarray(0 if layer is None else layer), matrices=matrices
         )
-        updates, new = update_with(tx, call, tree(grads), state_def.unflatten(kept), tree(weights))
+        value = jnp.zeros([]) if value is None else value
+        given = tree(grads), state_def.unflatten(kept), tree(weights)
+        updates, new = update_with(tx, call, *given, value=value)
         key = rounding_key
         if key is not None:  # each leaf's own comes from its place among those of this part
             part = min(grads, default=0) if layer is None else len(paths) + layer

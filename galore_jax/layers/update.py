@@ -44,7 +44,8 @@ def value_and_update(
     donates params and opt_state, or nothing is in place.
 
     It works with every optimizer that treats leaves separately; one that mixes them is refused
-    when it is traced. For clipping by the global norm there is `clip_norm`. An optimizer that
+    when it is traced. Links that follow the loss, as `optax.contrib.reduce_on_plateau`, get it as
+    `value`. For clipping by the global norm there is `clip_norm`. An optimizer that
     takes means over a leaf (trust ratios, Adafactor's clipping) sees each layer of a stacked leaf
     as a leaf, which nothing checks.
 
@@ -145,7 +146,7 @@ def value_and_update(
 
         # The output head, before the layers: its gradient need not outlive them.
         first = reduced({i: d_after[i] for i in model.rest if i not in model.used_before})
-        done, _ = optimizer.step(first, weights, state)
+        done, _ = optimizer.step(first, weights, state, value=loss)
         dx, done = jax.lax.optimization_barrier((dx, done))
 
         # The layers, each updated where it lies.
@@ -153,7 +154,7 @@ def value_and_update(
             def update(weights, state, dp, dx):
                 grads = {j: g[None] for j, g in reduced(dp).items()}
                 given = state | {j: _slice(a, i) for j, a in fixed.items()}
-                new_weights, new_state = optimizer.step(grads, weights, given, layer=i)[0]
+                new_weights, new_state = optimizer.step(grads, weights, given, i, loss)[0]
                 return (new_weights, {j: new_state[j] for j in state}), dx
 
             p, mine = jax.tree.map(lambda a: _slice(a, i), (stack, owned))
@@ -173,7 +174,7 @@ def value_and_update(
 
         # Embeddings, when the gradient has come back to them.
         last = {i: g + d_after[i] for i, g in before_vjp(dx)[0].items() if i in model.used_before}
-        done_last, shared = optimizer.step(reduced(last), weights, state)
+        done_last, shared = optimizer.step(reduced(last), weights, state, value=loss)
         for new_weights, new_state in (done, done_layers, done_last, ({}, shared)):
             weights |= new_weights
             state |= new_state

@@ -127,15 +127,14 @@ def scale_by_apollo(
         last = where.pick(state.refreshed)
         when = schedule(views, count, last, None, settings.update_proj_gap, False, call)
         old = from_tree(where, state.projector)
-        now = refresh(views, grads, old, when, settings.methods)
-        steps = [jnp.where(x, count, y) for x, y in zip(now.renewed, last, strict=True)]
-        return now.stored, steps
+        now = refresh(views, grads, old, last, when, settings.methods)
+        return now.stored, now.refreshed
 
     def update_fn(updates, state, params=None, *, galore: Call | None = None, **extra_args):
         updates, params = bare(updates), bare(params)
         like = updates if params is None else params
         if isinstance(state, Asked):
-            return updates, answer(state, settings, like, inner, galore, _NAME)
+            return answer(updates, state, settings, like, inner, galore, _NAME)
         where = sites(settings.plan(like), jax.tree.structure(like))
         views, grads = where.views, where.pick(updates)
         checks.check_projected(views, grads, _NAME)

@@ -1,4 +1,4 @@
-r"""Optimizers whose moments are 8-bit codes with a float32 scale for every 256 of them.
+r"""Optimizers whose moments are 8-bit codes with a float32 scale for up to 256 of them.
 
 Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
 https://arxiv.org/abs/2110.02861, as in bitsandbytes' AdamW8bit and Lion8bit.
@@ -18,6 +18,7 @@ import optax
 from galore_jax import quantize
 from galore_jax.compiler import in_one_piece
 from galore_jax.matrix.trees import bare, path_string
+from galore_jax.precision import debias
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, Format
 
 # Smaller leaves keep float32 moments: little to save, and norms and biases matter.
@@ -37,7 +38,7 @@ class ScaleByAdam8bitState(NamedTuple):
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
     mu: optax.Updates  # uint8 codes; float32 moments for small leaves
     nu: optax.Updates
-    mu_scale: optax.Updates  # float32, batch + (blocks,); MaskedNode for small leaves
+    mu_scale: optax.Updates  # float32, see `quantize.Encoded`; MaskedNode for small leaves
     nu_scale: optax.Updates
 
 
@@ -46,7 +47,7 @@ class ScaleByLion8bitState(NamedTuple):
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
     mu: optax.Updates  # uint8 codes; float32 momentum for small leaves
-    mu_scale: optax.Updates  # float32, batch + (blocks,); MaskedNode for small leaves
+    mu_scale: optax.Updates  # float32, see `quantize.Encoded`; MaskedNode for small leaves
 
 
 def scale_by_adam8bit(
@@ -63,16 +64,16 @@ def scale_by_adam8bit(
         m_8 = E(m), \quad v_8 = E(v)
 
     where E and D are `quantize.encode` and `decode` with bitsandbytes' dynamic maps, signed
-    for m and unsigned for v, and blocks of 256 numbers. All arithmetic is float32, whatever the
-    dtype of gradients and parameters; updates come back in the parameters' dtype (the
+    for m and unsigned for v, and blocks of up to 256 numbers. All arithmetic is float32, whatever
+    the dtype of gradients and parameters; updates come back in the parameters' dtype (the
     gradients' where `update` gets no params).
 
-    A leaf of fewer than 4096 numbers keeps float32 moments. In a larger leaf blocks run over
-    the last axes, as few as hold whole blocks, and scales keep the leading axes: for stacked
-    weights (layers, m, n) slice i of codes and scales belongs to layer i, and a compiled
-    update works slice by slice, so that moments never exist in full in float32. (Where no
-    axis is a border of blocks, they run over the flattened matrix, or over the whole leaf when
-    its matrices have fewer than 4096 numbers.)
+    A leaf of fewer than 4096 numbers keeps float32 moments. In a larger one blocks run along the
+    longer of the last two axes, which in the subspace of a gradient is not the one of the rank:
+    each block then belongs to one direction, however far the spectrum falls. No v above zero is
+    stored as zero, so that no step is m over :math:`\epsilon`. For stacked weights (layers, m, n)
+    slice i of codes and scales belongs to layer i, and a compiled update works slice by slice, so
+    that moments never exist in full in float32.
 
     An element whose gradient or squared gradient is not finite resets its moments to zero and
     gets a zero update, as in bitsandbytes; `optax.apply_if_finite` skips such a step whole.
@@ -113,7 +114,7 @@ def scale_by_adam8bit(
         del extra_args
         _check_state("adam", state, ScaleByAdam8bitState)
         count = optax.safe_increment(jnp.asarray(state.count))
-        m_correction, v_correction = 1 - b1**count, 1 - b2**count
+        m_correction, v_correction = debias(b1, count), debias(b2, count)
 
         def step(g, m, v):
             m = b1 * m + (1 - b1) * g
@@ -191,18 +192,6 @@ def scale_by_lion8bit(
 # What both share: moments are a tuple of trees, one for each format.
 
 
-def stacked_axes(shape: tuple[int, ...]) -> int:
-    """How many leading axes the scales of a quantised leaf keep.
-
-    As many as are borders of blocks; failing that, those of a stack whose matrices are large
-    enough that padding each to whole blocks costs little.
-    """
-    sizes = [math.prod(shape[k:]) for k in range(len(shape))]
-    whole = [k for k in range(1, len(shape)) if sizes[k] % quantize.BLOCK == 0]
-    large = [k for k in range(1, len(shape) - 1) if sizes[k] >= MIN_SIZE]
-    return max(whole or large or [0])
-
-
 def _check_state(name: str, state: Any, wanted: type) -> None:
     if not isinstance(state, wanted):
         raise TypeError(
@@ -224,7 +213,7 @@ def _init(name: str, params: optax.Params, formats: Sequence[Format]) -> list[op
             )
         if math.prod(shape) < MIN_SIZE:
             return [(jnp.zeros(shape, jnp.float32), optax.MaskedNode()) for _ in formats]
-        return [quantize.zeros(shape, fmt, stacked_axes(shape)) for fmt in formats]
+        return [quantize.zeros(shape, fmt) for fmt in formats]
 
     treedef = jax.tree.structure(params)
     leaves = [leaf(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
@@ -280,13 +269,12 @@ def _quantised(step: Callable, formats: Sequence[Format], g, moments, scales, dt
 
     def whole(g, codes, scales):
         out, new = in_one_piece(decoded_step, count, g, codes, scales)
-        batch = scales[0].ndim - 1
-        new = [quantize.encode_finite(x, f, batch) for x, f in zip(new, formats, strict=True)]
+        new = [quantize.encode_finite(x, f) for x, f in zip(new, formats, strict=True)]
         return out, [x.codes for x in new], [x.scales for x in new]
 
     moments, scales = list(moments), list(scales)
-    axes = range(1, scales[0].ndim)
-    loops = max([k for k in axes if math.prod(g.shape[k:]) >= _LOOP_SIZE], default=0)
+    stacks = range(1, g.ndim - 1)
+    loops = max([k for k in stacks if math.prod(g.shape[k:]) >= _LOOP_SIZE], default=0)
     if not loops:
         return whole(g, moments, scales)
 

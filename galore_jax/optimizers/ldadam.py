@@ -19,7 +19,7 @@ from galore_jax.inner.residual import outside_of
 from galore_jax.matrix.plan import sites
 from galore_jax.matrix.trees import bare
 from galore_jax.optimizers.wrap import with_rate
-from galore_jax.precision import compiled_if_narrow
+from galore_jax.precision import compiled_if_narrow, debias
 from galore_jax.projector.project import lift
 from galore_jax.settings import GaLoreOptions, Settings, takes
 from galore_jax.state import Asked
@@ -116,9 +116,9 @@ def scale_by_ldadam(
         rows = zip(views, where.pick(state.galore.projector), where.pick(adam.mu), strict=True)
         momentum = [lift(*row) for row in rows]
         # Its bias corrected; zero before the first step.
-        debias = 1 / (1 - b1 ** jnp.maximum(adam.count, 1))
+        corrected = rho / debias(b1, jnp.maximum(adam.count, 1))
         whole = [g.astype(v.dtype) + e for v, g, e in zip(views, grads, error, strict=True)]
-        followed = [rho * debias * m + (1 - rho) * a for m, a in zip(momentum, whole, strict=True)]
+        followed = [corrected * m + (1 - rho) * a for m, a in zip(momentum, whole, strict=True)]
         call = extra_args.pop("galore", None) or Call()
         out, galore_state = tx.update(
             where.put(whole, updates),

@@ -73,7 +73,7 @@ def pack(view: MatrixView, stored: Stored, renewed: jax.Array) -> Basis:
     p = load(view, stored)
     light = jnp.full(view.batch, LIGHT, view.dtype)
     squares = jnp.sum(jnp.square(p), axis=-2)
-    return Basis(p * LIGHT, squares * LIGHT, renewed * light, light)
+    return Basis(p * LIGHT, squares * LIGHT, jnp.where(renewed, light, 0), light)
 
 
 def received(gradient: Any) -> Any:

@@ -46,9 +46,9 @@ def lift(view: MatrixView, p: Stored, r: jax.Array) -> jax.Array:
     if is_indices(p):
         # Rows not among the indices come from one of zeros behind the others: a gather, which
         # is faster than a scatter.
-        slots = jnp.arange(view.rank) - view.rank
         hot = jax.nn.one_hot(p, view.projector_shape[-2], dtype=INDICES)
-        places = view.rank + jnp.sum(slots[:, None] * hot, axis=-2)
+        slots = jax.lax.broadcasted_iota(INDICES, hot.shape, hot.ndim - 2) - view.rank
+        places = view.rank + jnp.sum(slots * hot, axis=-2)
         widths = [(0, 0)] * u.ndim
         widths[-2 if view.side == "in" else -1] = (0, 1)
         return view.from_matrix(_take(view, jnp.pad(u, widths), places))

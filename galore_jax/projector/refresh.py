@@ -32,14 +32,21 @@ class Projectors(NamedTuple):
     """Projectors to use at a step."""
 
     stored: list[Stored]
-    renewed: list[jax.Array]  # by view, bool of its batch shape: which are new at this step
+    refreshed: list[jax.Array]  # by view, int32 of its batch shape: the step of the last refresh
+    count: jax.Array  # this step
     possible: jax.Array | bool  # bool; False in a program without refreshes
+
+    @property
+    def renewed(self) -> list[jax.Array]:
+        """By view, bool of its batch shape: which are new at this step."""
+        return [step == self.count for step in self.refreshed]
 
 
 def refresh(
     views: Sequence[MatrixView],
     grads: Sequence[jax.Array | ProjectedGradient],
     old: Sequence[Stored],
+    last: Sequence[jax.Array],
     when: Schedule,
     methods: Methods,
 ) -> Projectors:
@@ -52,6 +59,7 @@ def refresh(
         views: the projected leaves.
         grads: their gradients.
         old: the present projectors, as stored.
+        last: the steps that they were made at, int32 of each view's batch shape.
         when: from `schedule`.
         methods: from `basis.methods`.
 
@@ -59,34 +67,35 @@ def refresh(
         A `Projectors`. A matrix whose gradient is zero or not finite keeps its projector, and so
         does one whose new basis is not finite.
     """
-    new = list(old)
-    renewed = [jnp.zeros(view.batch, bool) for view in views]
+    new, refreshed = list(old), list(last)
     possible: jax.Array | bool = False
     for i, (view, g) in enumerate(zip(views, grads, strict=True)):
         if is_projected(g) and g.basis is not None:  # type: ignore[union-attr]
-            new[i], renewed[i] = unpack(view, g.basis, old[i])  # type: ignore[union-attr]
+            new[i], done = unpack(view, g.basis, old[i])  # type: ignore[union-attr]
+            refreshed[i] = jnp.where(done, when.count, last[i])
             possible = True if when.any_due is False else when.any_due
     full = [i for i, g in enumerate(grads) if not is_projected(g)]
     if full and when.any_due is not False:
         some = when.of(views, full)
-        picked = ([x[i] for i in full] for x in (views, grads, old))
+        picked = ([x[i] for i in full] for x in (views, grads, old, last))
         made = _recompute(*map(tuple, picked), some, methods)
-        for i, p, done in zip(full, *made, strict=True):
-            new[i], renewed[i] = p, done
+        for i, p, step in zip(full, *made, strict=True):
+            new[i], refreshed[i] = p, step
         possible = when.any_due
-    return Projectors(new, renewed, possible)
+    return Projectors(new, refreshed, when.count, possible)
 
 
 # Under jit, so that without an outer one the conditional is not compiled anew at every step.
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def _recompute(
     views: tuple[MatrixView, ...],
     grads: Sequence[jax.Array],
     old: Sequence[Stored],
+    last: Sequence[jax.Array],
     when: Schedule,
     methods: Methods,
 ) -> tuple[list[Stored], list[jax.Array]]:
-    """The projectors, and which of them are new."""
+    """The projectors, and the steps that they were made at."""
     groups: dict[tuple, list[list[int]]] = {}
     for i, view in enumerate(views):
         kind = (view.m, view.n, view.side, view.rank, view.dtype, storage_of(old[i]))
@@ -96,7 +105,7 @@ def _recompute(
         chunks[-1].append(i)
 
     def recompute():
-        new, renewed = keep()
+        new, refreshed = keep()
         for members in (chunk for chunks in groups.values() for chunk in chunks):
             made = _together(
                 [views[i] for i in members],
@@ -105,12 +114,12 @@ def _recompute(
                 when.of(views, members),
                 methods,
             )
-            for i, p, done in zip(members, *made, strict=True):
-                new[i], renewed[i] = p, done
-        return new, renewed
+            for i, p, step in zip(members, *made, strict=True):
+                new[i], refreshed[i] = p, step
+        return new, refreshed
 
     def keep():
-        return list(old), [jnp.zeros(view.batch, bool) for view in views]
+        return list(old), list(last)
 
     return jax.lax.cond(when.any_due, recompute, keep)
 
@@ -127,17 +136,12 @@ def _together(views, grads, old, when: Schedule, methods: Methods):
         )
 
     def one(slot):
-        return jax.lax.cond(
-            slot["due"],
-            lambda: renew(
-                view.matrix,
-                matrix(slot["at"]),
-                slot["old"],
-                (slot["seed"], slot["step"], slot["layer"]),
-                methods,
-            ),
-            lambda: (slot["old"], jnp.zeros([], bool)),
-        )
+        def due():
+            seed = (slot["seed"], slot["step"], slot["layer"])
+            p, done = renew(view.matrix, matrix(slot["at"]), slot["old"], seed, methods)
+            return p, jnp.where(done, when.count, slot["last"])
+
+        return jax.lax.cond(slot["due"], due, lambda: (slot["old"], slot["last"]))
 
     def in_a_row(view, p):  # an array, or codes and scales
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(view.batch) :]), p)
@@ -149,26 +153,28 @@ def _together(views, grads, old, when: Schedule, methods: Methods):
         "step": when.step,
         "seed": np.repeat(np.array([seed_of(x) for x in views], np.uint32), size_of),
         "old": jax.tree.map(lambda *x: jnp.concatenate(x), *rows),
+        "last": when.last,
         "due": when.due,
     }
     made = jax.lax.map(one, slots)
-    shapes = [(p, jax.ShapeDtypeStruct(v.batch, bool)) for v, p in zip(views, old, strict=True)]
+    like = [(p, jax.ShapeDtypeStruct(v.batch, jnp.int32)) for v, p in zip(views, old, strict=True)]
     if len(views) == 1:
-        parts = [jax.tree.map(lambda x, p: x.reshape(p.shape), made, shapes[0])]
+        parts = [jax.tree.map(lambda x, p: x.reshape(p.shape), made, like[0])]
     else:
         # Slices at offsets that the compiler cannot see through share one kernel.
         starts = [0, *cuts(size_of)]
         hidden = in_one_piece(lambda: [jnp.int32(s) for s in starts], when.step[0])
 
-        def part(start, size, shape):
-            return jax.tree.map(
-                lambda x, o: jax.lax.dynamic_slice_in_dim(x, start, size).reshape(o.shape),
-                made,
-                shape,
-            )
+        def part(start, size, like):
+            def cut(x, like):
+                at, sizes = [start] + [0] * (x.ndim - 1), (size, *x.shape[1:])
+                x = jax.lax.dynamic_slice(x, at, sizes, allow_negative_indices=False)
+                return x.reshape(like.shape)
 
-        parts = [part(*x) for x in zip(hidden, size_of, shapes, strict=True)]
-    return [p for p, _ in parts], [done for _, done in parts]
+            return jax.tree.map(cut, made, like)
+
+        parts = [part(*x) for x in zip(hidden, size_of, like, strict=True)]
+    return [p for p, _ in parts], [step for _, step in parts]
 
 
 def renew(

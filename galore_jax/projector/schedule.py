@@ -29,13 +29,16 @@ class Schedule(NamedTuple):
     due: jax.Array  # shape=(K,), bool
     layer: jax.Array  # shape=(K,), int32: their numbers in their stacks
     step: jax.Array  # shape=(K,), int32: see `made_at`
+    last: jax.Array  # shape=(K,), int32: the step of their last refresh, or NEVER
+    count: jax.Array  # shape=(), int32: this step
     any_due: jax.Array | bool  # shape=(), bool; False where no program for it is wanted
 
     def of(self, views: Sequence[MatrixView], at: Sequence[int]) -> Schedule:
         """The part of the views at these positions."""
         numbers = np.split(np.arange(self.due.size), cuts(sizes(views)))
         some = np.concatenate([numbers[i] for i in at]) if at else np.zeros(0, int)
-        return Schedule(self.due[some], self.layer[some], self.step[some], self.any_due)
+        due, layer, step, last = (x[some] for x in (self.due, self.layer, self.step, self.last))
+        return Schedule(due, layer, step, last, self.count, self.any_due)
 
 
 def schedule(
@@ -63,7 +66,8 @@ def schedule(
     """
     layer = jnp.asarray(layer_numbers(views, call.layer))
     if not views or not call.refresh:
-        return Schedule(jnp.zeros(layer.shape, bool), layer, jnp.zeros_like(layer), False)
+        zeros = jnp.zeros_like(layer)
+        return Schedule(zeros.astype(bool), layer, zeros, zeros, count, False)
     offset = _offsets(views, update_proj_gap, stagger, call)
     last = jnp.concatenate([x.ravel() for x in refreshed])
     every: Any = 1
@@ -73,7 +77,8 @@ def schedule(
     turns = (count - offset) // update_proj_gap - (last - offset) // update_proj_gap
     due = (last == NEVER) | (turns >= every)
     emits: Any = True if call.emits is None else call.emits
-    return Schedule(due, layer, made_at(count, last), _decision(jnp.any(due) & emits))
+    any_due = _decision(jnp.any(due) & emits)
+    return Schedule(due, layer, made_at(count, last), last, count, any_due)
 
 
 def made_at(count: jax.Array, last: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def default_projector(view: MatrixView, storage: Storage) -> Stored:
 def store(view: MatrixView, p: jax.Array, storage: Storage) -> Stored:
     """Cast or quantise a projector of `view.projector_shape`."""
     if isinstance(storage, Format):
-        return encode(p, storage, batch=len(view.batch))
+        return encode(p, storage)
     if storage == INDICES:
         return jnp.argmax(jnp.abs(p), axis=-2).astype(INDICES)
     return p.astype(storage)
@@ -57,13 +57,17 @@ def storage_of(stored: Stored) -> Storage:
     return stored.dtype
 
 
-def stored_shapes(view: MatrixView, storage: Storage) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the arrays that hold a leaf's projector."""
+def stored_types(view: MatrixView, storage: Storage) -> tuple[str, ...]:
+    """Dtypes and shapes of the arrays that hold a leaf's projector."""
     if isinstance(storage, Format):
-        return tuple(x.shape for x in spec(view.projector_shape, storage, len(view.batch)))
-    if storage == INDICES:
-        return ((*view.batch, view.rank),)
-    return (view.projector_shape,)
+        return tuple(map(array_type, spec(view.projector_shape, storage)))
+    shape = (*view.batch, view.rank) if storage == INDICES else view.projector_shape
+    return (array_type(jax.ShapeDtypeStruct(shape, storage)),)
+
+
+def array_type(x: Any) -> str:
+    """As in `float32[8,4]`."""
+    return f"{jnp.result_type(x)}[{','.join(map(str, jnp.shape(x)))}]"
 
 
 def is_indices(stored: Stored) -> bool:

@@ -21,6 +21,7 @@ from galore_jax.projector.schedule import layer_numbers, made_at, per_view, sche
 from galore_jax.projector.storage import Stored, from_tree
 from galore_jax.state import Told, ask, in_multi_steps
 from galore_jax.subspace.kernel import Kernel, Rule, Slots, Tapped, Turn
+from galore_jax.subspace.links import check_links
 
 
 def value_and_grad(
@@ -72,7 +73,9 @@ def value_and_grad(
         tx: the optimizer, with a `galore` somewhere in it.
         has_aux: whether `loss_fn` returns something beside the loss.
         microbatches: k, into how many parts to cut the arrays in `args` along their first
-            axis (each k-th row, so that a sharded batch stays sharded). Loss and gradients are
+            axis (each k-th row, so that a sharded batch stays sharded); arguments by keyword go
+            whole to each part, but random keys (of `jax.random.key`), by position or by keyword,
+            are folded with its number. Loss and gradients are
             means over the parts, taken in the subspace in float32. On a refresh the first part
             alone decides the projectors. `aux` comes stacked. What lies outside the subspace is
             not summed, so `optax.tree.norm` is an upper bound of the mean gradient's norm: where
@@ -119,27 +122,34 @@ def value_and_grad(
     def value_and_projected_grad(params, opt_state, *args, **kwargs):
         leaves, treedef = jax.tree.flatten(params)
         taps = _taps(tx, params, opt_state, refresh)
+        gradients = {tap.rule.view.path: _gradient_shape(tap) for tap in taps.values()}
+        check_links(tx, bare(params), opt_state, gradients)
+        named, kwargs_def = jax.tree.flatten(kwargs, is_leaf=_is_no_container)
+        keys = {i: x for i, x in enumerate(named) if _is_key(x)}
 
-        def tapped_loss(differentiable, projectors, turns, args):
+        def tapped_loss(differentiable, projectors, turns, given):
             flat = list(differentiable)
             for i, tap in taps.items():
                 kernel = Kernel(leaves[i], projectors[i], differentiable[i], turns[i])
                 flat[i] = Tapped(kernel, tap.rule)  # type: ignore[assignment]
+            args, keys = given
+            kwargs = kwargs_def.unflatten([keys.get(i, x) for i, x in enumerate(named)])
             return loss_fn(treedef.unflatten(flat), *args, **kwargs)
 
-        def part(projectors, turns, args):
+        def part(projectors, turns, given):
             at = [_slots(taps[i]) if i in taps else x for i, x in enumerate(leaves)]
             if refresh:
-                _check_each_used_once(taps, tapped_loss, at, projectors, turns, args)
+                _check_each_used_once(taps, tapped_loss, at, projectors, turns, given)
             gradient = jax.value_and_grad(tapped_loss, has_aux=has_aux)
-            value, grads = gradient(at, projectors, turns, args)
+            value, grads = gradient(at, projectors, turns, given)
             return value, [_projected(g, taps[i]) if i in taps else g for i, g in enumerate(grads)]
 
         if microbatches > 1:
-            value, grads = _accumulate(part, taps, _cut(args, microbatches), has_aux)
+            value, grads = _accumulate(part, taps, _cut((args, keys), microbatches), has_aux)
         else:
             projectors = {i: tap.projector for i, tap in taps.items()}
-            value, grads = part(projectors, {i: tap.turn for i, tap in taps.items()}, args)
+            turns = {i: tap.turn for i, tap in taps.items()}
+            value, grads = part(projectors, turns, (args, keys))
         return value, treedef.unflatten(grads)
 
     return value_and_projected_grad
@@ -216,6 +226,12 @@ def _slots(tap: _Tap) -> Slots:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(like))
 
 
+def _gradient_shape(tap: _Tap) -> tuple[ProjectedGradient, Stored]:
+    """Shapes of the gradient that a tap hands back, and of its projector."""
+    like = jax.eval_shape(lambda: _projected(_slots(tap), tap))
+    return like, jax.eval_shape(lambda: tap.projector)
+
+
 def _projected(slots: Slots, tap: _Tap) -> ProjectedGradient:
     # |G - P P^T G|^2 = |G|^2 - |R|^2, which rounding may put below zero.
     inside = jnp.sum(jnp.square(slots.low_rank), axis=(-2, -1))
@@ -240,24 +256,48 @@ def _check_each_used_once(taps: dict[int, _Tap], loss: Any, at: list[Any], *args
             )
 
 
-def _cut(args: Any, parts: int) -> Any:
-    """Part i of every array: rows i, i + k, i + 2k, ..."""
-    if not jax.tree.leaves(args):
+def _is_key(x: Any) -> bool:
+    """Whether an argument is a random key (of `jax.random.key`)."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _is_no_container(x: Any) -> bool:
+    return not isinstance(x, dict | list | tuple)
+
+
+def _cut(given: tuple[Any, dict[int, jax.Array]], parts: int) -> Any:
+    """Part i of every array: rows i, i + k, i + 2k, ...; of a random key, one folded with i."""
+    args, keys = given
+    if all(map(_is_key, jax.tree.leaves(args))):
         raise ValueError(
             f"microbatches={parts}: there is no batch among the positional arguments to cut; what "
             "goes by keyword is given whole to each part"
         )
 
+    def folded(key):
+        fold_in = jax.random.fold_in
+        for _ in key.shape:
+            fold_in = jax.vmap(fold_in, (0, None))
+        return jax.vmap(fold_in, (None, 0))(key, jnp.arange(parts))
+
     def cut(path, x):
-        rows = jnp.shape(x)[:1]
+        if _is_key(x):
+            return folded(x)
+        rows, name = jnp.shape(x)[:1], path_string(path)
+        if jnp.result_type(x) == jnp.uint32 and jnp.shape(x) == (2,):
+            raise ValueError(
+                f"microbatches={parts}: argument {name} looks like a random key of the old kind, "
+                "whose two numbers are no batch. Make it by jax.random.key, and each part gets a "
+                "key of its own, or give it by keyword, and all parts get the same"
+            )
         if not rows or rows[0] % parts:
             raise ValueError(
                 f"microbatches={parts} does not divide the rows of argument "
-                f"{path_string(path)} of shape {jnp.shape(x)}; what is no batch goes by keyword"
+                f"{name} of shape {jnp.shape(x)}; what is no batch goes by keyword"
             )
         return jnp.stack([x[i::parts] for i in range(parts)])
 
-    return jax.tree_util.tree_map_with_path(cut, args)
+    return jax.tree_util.tree_map_with_path(cut, args), jax.tree.map(folded, keys)
 
 
 def _accumulate(part, taps: dict[int, _Tap], args, has_aux) -> tuple[Any, list[Any]]:

@@ -69,14 +69,16 @@ def test_any_optimizer_that_treats_leaves_separately(name):
 
 
 def test_codes_of_large_stacks_are_cut_into_layers():
-    # Leaves beyond 4096 numbers, whose layers are not; and layers of whole blocks.
+    # Leaves beyond 4096 numbers, whose layers are not; layers of whole blocks; vectors of a width
+    # that is no multiple of a block's.
     keys = jax.random.split(jax.random.key(0), 2)
     params = {
         "small": jax.random.normal(keys[0], (8, 16, 64)) / 8,
         "large": jax.random.normal(keys[1], (8, 16, 512)) / 8,
+        "vectors": jnp.ones((8, 576)),
     }
     tx = galore_jax.adamw8bit(1e-2)
-    assert tx.init(params)[0].mu["small"].dtype == jnp.uint8
+    assert all(x.dtype == jnp.uint8 for x in tx.init(params)[0].mu.values())
 
     def loss_fn(params, x):
         def block(p, x):
@@ -84,6 +86,7 @@ def test_codes_of_large_stacks_are_cut_into_layers():
                 x
                 + jnp.tanh(x @ p["small"]) @ jnp.ones((64, 16)) / 64
                 + jnp.tanh(x @ p["large"]) @ jnp.ones((512, 16)) / 512
+                + jnp.sin(jnp.arange(16.0)) * jnp.mean(p["vectors"])
             )
 
         return jnp.mean(galore_jax.layerwise(block, params, x) ** 2)
@@ -315,14 +318,14 @@ def test_errors_say_what_to_do(loss_fn, tx, message):
 
 
 def test_scales_that_are_no_rows_of_layers_are_refused():
-    # Blocks of 256 run over the borders of rows of 1000, and 32 of them are 4 for each of 8.
-    params = {"g": jnp.ones((8, 1000))}
+    # Blocks run along the longer axis of a matrix, which is what stacked vectors look like.
+    params = {"g": jnp.ones((80, 64))}
     tx = galore_jax.adamw8bit(1e-2)
 
     def loss_fn(params, x):
         return jnp.mean(galore_jax.layerwise(lambda p, x: x * jnp.sum(p["g"]), params, x))
 
-    with pytest.raises(ValueError, match=r"for leaf 'g' of 8 layers, which cannot be cut"):
+    with pytest.raises(ValueError, match=r"for leaf 'g' of 80 layers, which cannot be cut"):
         galore_jax.value_and_update(loss_fn, tx)(params, tx.init(params), batches(1)[0])
 
 

@@ -17,7 +17,6 @@ from galore_jax.optimizers.eightbit import (
     ScaleByAdam8bitState,
     scale_by_adam8bit,
     scale_by_lion8bit,
-    stacked_axes,
 )
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, decode
 from tests.models import nnx_stack
@@ -90,7 +89,8 @@ def test_against_bitsandbytes(make, grads, kernel, tolerance, monkeypatch):
         from bitsandbytes.backends.cpu import ops
 
         monkeypatch.setattr(ops, "_quant_blockwise_fp32_direct", nearest_code)
-    shapes = {"a": (64, 256), "b": (96, 344), "c": (37, 211), "small": (50,)}
+    # Where the longer axis is the last and holds whole blocks, ours are theirs.
+    shapes = {"a": (64, 256), "b": (96, 512), "c": (37, 768), "small": (50,)}
     params = params_like(shapes)
     weights = {k: torch.nn.Parameter(torch.tensor(np.array(p))) for k, p in params.items()}
     optimizer_class = bnb.optim.AdamW8bit if make is adamw8bit else bnb.optim.Lion8bit
@@ -182,27 +182,43 @@ def test_layout():
         }
         assert scales["bias"] == optax.MaskedNode()
         shapes = {k: s.shape for k, s in scales.items() if k != "bias"}
-        assert shapes == {"kernel": (32,), "stack": (3, 64, 1), "odd": (35,)}
+        assert shapes == {"kernel": (64, 1), "stack": (3, 64, 1), "odd": (67, 1)}
     assert jax.tree.structure(state.mu) == jax.tree.structure(params)
     assert all(x.size for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize(
-    ("shape", "axes"),
+    ("shape", "scales"),
     [
-        ((512, 1376), 0),
-        ((512, 1024), 1),
-        ((8, 128, 1376), 1),
-        ((8, 128, 512), 2),
-        ((8, 67, 131), 1),  # no border of blocks, but matrices large enough to pad
-        ((999, 5, 7), 0),
-        ((4096,), 0),
+        ((512, 1376), (512, 6)),  # six blocks of 230, the last one of 226
+        ((1376, 512), (6, 512)),
+        ((8, 128, 512), (8, 128, 2)),
+        ((8, 67, 131), (8, 67, 1)),
+        ((30, 576), (30, 3)),  # stacked vectors, of a width that is no multiple of 256
+        ((4096,), (16,)),
     ],
 )
-def test_leading_axes_that_scales_keep(shape, axes):
-    assert stacked_axes(shape) == axes
-    state = scale_by_lion8bit().init(jnp.zeros(shape))
-    assert state.mu_scale.shape[:-1] == shape[:axes]
+def test_scales_belong_to_blocks_along_the_longer_axis(shape, scales):
+    assert scale_by_lion8bit().init(jnp.zeros(shape)).mu_scale.shape == scales
+
+
+@pytest.mark.parametrize("shape", [(512, 16), (16, 512), (3, 512, 16)])
+def test_a_weak_direction_is_as_in_float32(shape):
+    """A falling spectrum: 1e-5 in the gradient is 1e-10 in the second moment."""
+    spectrum = 10.0 ** -(np.arange(16) / 3)
+    spectrum = spectrum if shape[-1] == 16 else spectrum[:, None]
+    grads = [jnp.asarray(normal(i, *shape) * spectrum) for i in range(30)]
+    results = []
+    for tx in (scale_by_adam8bit(eps=1e-30), optax.scale_by_adam(eps=1e-30)):
+        state, update = tx.init(jnp.zeros(shape)), jax.jit(tx.update)
+        for g in grads:
+            u, state = update(g, state)
+        results.append(np.asarray(u))
+    ours, theirs = results
+    assert np.max(np.abs(ours)) < 1.1 * np.max(np.abs(theirs))
+    along = -2 if shape[-1] == 16 else -1
+    error = np.linalg.norm(ours - theirs, axis=along) / np.linalg.norm(theirs, axis=along)
+    assert np.max(error) < 0.05
 
 
 @BOTH

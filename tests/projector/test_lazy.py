@@ -184,4 +184,5 @@ def test_a_state_of_fixed_refreshes_is_refused():
     lazy = galore_jax.galore_adamw(1e-3, rank=2, refresh="lazy")
     with pytest.raises(ValueError, match=r"refresh='fixed'.*turns_between"):
         lazy.update(params, fixed.init(params), params)
-    fixed.update(params, lazy.init(params), params)
+    with pytest.raises(ValueError, match=r"galore has refresh='fixed'.*refresh='lazy'"):
+        fixed.update(params, lazy.init(params), params)
