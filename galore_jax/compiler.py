@@ -13,7 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+
+from galore_jax.control import cond
 
 
 def in_one_piece(
@@ -36,13 +39,16 @@ def in_one_piece(
     Returns:
         What the function returns.
     """
+    if not isinstance(known, jax.core.Tracer):
+        return function(*operands)  # nothing is compiled
 
     def zeros(*operands):
         shapes = jax.eval_shape(function, *operands)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def behind_conditional(*operands):
-        return jax.lax.cond(_always(known), function, otherwise or zeros, *operands)
+        never = otherwise or zeros
+        return cond(_always(known), lambda: function(*operands), lambda: never(*operands))
 
     return jax.lax.platform_dependent(*operands, cpu=behind_conditional, default=function)
 

@@ -210,7 +210,8 @@ def zeros(shape: tuple[int, ...], fmt: Format) -> Encoded:
         Encoded(codes=Array([127, 127], dtype=uint8), scales=Array([0.], dtype=float32))
     """
     codes, scales = spec(shape, fmt)
-    return Encoded(jnp.full(codes.shape, fmt.zero, codes.dtype), jnp.zeros(scales.shape))
+    filled = jnp.full(codes.shape, fmt.zero, codes.dtype)
+    return Encoded(filled, jnp.zeros(scales.shape, scales.dtype))
 
 
 @functools.cache

@@ -42,7 +42,8 @@ class GaLoreOptions(TypedDict, total=False):
     projector_dtype: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+# Compared and hashed by identity: a tree of dimension numbers has no hash.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Settings:
     """The options' defaults and what they have to be; `galore` documents them."""
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from galore_jax.control import cond
 from galore_jax.matrix.plan import Plan
 from galore_jax.matrix.trees import Sites, owners
 from galore_jax.matrix.view import MatrixView
@@ -118,7 +119,7 @@ def _rotate(inner_state, next_state, where: Sites, old, now: Projectors) -> Any:
 
     if now.possible is False:
         return inner_state
-    return jax.lax.cond(now.possible, turned, lambda: inner_state)
+    return cond(now.possible, turned, lambda: inner_state)
 
 
 def _reset(inner_state, where: Sites, now: Projectors) -> Any:

@@ -58,7 +58,9 @@ def _is_spec(x: Any) -> bool:
 
 def specs(params: optax.Params, given: Any) -> Iterator[Any]:
     """One spec per leaf: an object with axes, None (no matrix) or Skip (told not to)."""
-    tree = given(params) if callable(given) else given
+    # A tree may be callable, as an Equinox module is.
+    is_function = callable(given) and jax.tree_util.all_leaves([given])
+    tree = given(params) if is_function else given
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if tree is None:
         spec = optax.contrib.GaLoreDimensionNumbers()

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2110.02861, as in bitsandbytes' AdamW8bit and Lion8bit.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import optax
 
 from galore_jax import quantize
 from galore_jax.compiler import in_one_piece
+from galore_jax.control import alike
 from galore_jax.matrix.trees import bare, path_string
 from galore_jax.precision import debias
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, Format
@@ -114,16 +116,10 @@ def scale_by_adam8bit(
         del extra_args
         _check_state("adam", state, ScaleByAdam8bitState)
         count = optax.safe_increment(jnp.asarray(state.count))
-        m_correction, v_correction = debias(b1, count), debias(b2, count)
-
-        def step(g, m, v):
-            m = b1 * m + (1 - b1) * g
-            v = b2 * v + (1 - b2) * jnp.square(g)
-            u = (m / m_correction) / (jnp.sqrt(v / v_correction + eps_root) + eps)
-            return u, m, v
-
+        rates = b1, 1 - b1, b2, 1 - b2, eps, eps_root, debias(b1, count), debias(b2, count)
         updates, moments, scales = _update(
-            step,
+            _adam,
+            rates,
             (DYNAMIC, DYNAMIC_UNSIGNED),
             updates,
             (state.mu, state.nu),
@@ -177,19 +173,30 @@ def scale_by_lion8bit(
         del extra_args
         _check_state("lion", state, ScaleByLion8bitState)
 
-        def step(g, m):
-            return jnp.sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
-
         count = optax.safe_increment(jnp.asarray(state.count))
+        rates = b1, 1 - b1, b2, 1 - b2
         updates, moments, scales = _update(
-            step, (DYNAMIC,), updates, (state.mu,), (state.mu_scale,), params, count
+            _lion, rates, (DYNAMIC,), updates, (state.mu,), (state.mu_scale,), params, count
         )
         return updates, ScaleByLion8bitState(count, *moments, *scales)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# What both share: moments are a tuple of trees, one for each format.
+# What both share: a step `(rates, g, *moments) -> (update, *moments)`; moments are a tuple of
+# trees, one for each format.
+
+
+def _adam(rates, g, m, v):
+    b1, rest1, b2, rest2, eps, eps_root, m_correction, v_correction = rates
+    m = b1 * m + rest1 * g
+    v = b2 * v + rest2 * jnp.square(g)
+    return (m / m_correction) / (jnp.sqrt(v / v_correction + eps_root) + eps), m, v
+
+
+def _lion(rates, g, m):
+    b1, rest1, b2, rest2 = rates
+    return jnp.sign(b1 * m + rest1 * g), b2 * m + rest2 * g
 
 
 def _check_state(name: str, state: Any, wanted: type) -> None:
@@ -224,8 +231,10 @@ def _init(name: str, params: optax.Params, formats: Sequence[Format]) -> list[op
     ]
 
 
-def _update(step: Callable, formats: Sequence[Format], updates, moments, scales, params, count):
-    """Apply `step(g, *moments) -> (update, *moments)` to every leaf.
+def _update(
+    step: Callable, rates, formats: tuple[Format, ...], updates, moments, scales, params, count
+):
+    """Apply a step to every leaf.
 
     Returns:
         Trees of the updates, and of each moment and its scales.
@@ -236,18 +245,13 @@ def _update(step: Callable, formats: Sequence[Format], updates, moments, scales,
     like = grads if params is None else treedef.flatten_up_to(bare(params))
     moments, scales = ([treedef.flatten_up_to(t) for t in trees] for trees in (moments, scales))
 
-    def guarded(g, *moments):
-        g = g.astype(jnp.float32)
-        good = jnp.abs(g) < _LARGEST
-        return step(*(jnp.where(good, x, 0) for x in (g, *moments)))
-
     outs, new_moments, new_scales = [], [], []
     leaves = zip(grads, like, zip(*moments, strict=True), zip(*scales, strict=True), strict=True)
     for g, x, m, s in leaves:
         if isinstance(s[0], optax.MaskedNode):
-            out, *m = guarded(g, *m)
+            out, *m = _guarded(step, rates, g, *m)
         else:
-            out, m, s = _quantised(guarded, formats, g, m, s, jnp.result_type(x), count)
+            out, m, s = _quantised(step, rates, formats, g, m, s, jnp.result_type(x), count)
         outs.append(out.astype(jnp.result_type(x)))
         new_moments.append(m)
         new_scales.append(s)
@@ -259,12 +263,21 @@ def _update(step: Callable, formats: Sequence[Format], updates, moments, scales,
     return out, trees(new_moments), trees(new_scales)
 
 
-def _quantised(step: Callable, formats: Sequence[Format], g, moments, scales, dtype, count):
-    """Apply `step` to one quantised leaf, a stack slice by slice."""
+def _guarded(step: Callable, rates, g, *moments):
+    """Take a step with zeros in the place of what is not finite, or has no finite square."""
+    g = g.astype(jnp.float32)
+    good = jnp.abs(g) < _LARGEST
+    return step(rates, *(jnp.where(good, x, 0) for x in (g, *moments)))
+
+
+# Compiled once where steps are not.
+@functools.partial(jax.jit, static_argnames=("step", "formats", "dtype"))
+def _quantised(step: Callable, rates, formats, g, moments, scales, dtype, count):
+    """Take a step with one quantised leaf, a stack slice by slice."""
 
     def decoded_step(g, codes, scales):
         old = [quantize.decode(*args, g.shape) for args in zip(codes, scales, formats, strict=True)]
-        out, *new = step(g, *old)
+        out, *new = _guarded(step, rates, g, *old)
         return out.astype(dtype), new
 
     def whole(g, codes, scales):
@@ -291,5 +304,5 @@ def _quantised(step: Callable, formats: Sequence[Format], g, moments, scales, dt
     start = g.astype(jnp.promote_types(g.dtype, dtype)), moments, scales
     turns = math.prod(g.shape[:loops])
     carry = jax.tree.map(lambda x: x.reshape(turns, *x.shape[loops:]), start)
-    carry = jax.lax.fori_loop(0, turns, turn, carry)
+    carry = jax.lax.fori_loop(0, turns, turn, alike(carry))
     return jax.tree.map(lambda x, old: x.reshape(old.shape), carry, start)

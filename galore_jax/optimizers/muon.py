@@ -109,9 +109,8 @@ def galore_muon(
     )
 
     def labels(params):
-        plan = settings.plan(bare(params))
-        names = ["muon" if isinstance(leaf, MatrixView) else "adam" for leaf in plan]
-        return jax.tree.unflatten(jax.tree.structure(bare(params)), names)
+        names = ["muon" if isinstance(x, MatrixView) else "adam" for x in settings.plan(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), names)
 
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
     tx = optax.partition(
@@ -130,13 +129,15 @@ def galore_muon(
     )
 
     def init_fn(params):
+        params = bare(params)
         # `in_subspace` does not see the leaves that it should miss.
-        warn_about(settings.plan(bare(params)))
+        warn_about(settings.plan(params))
         return tx.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         checks.check_full(updates, "galore_muon")
-        return tx.update(updates, state, params, **extra_args)
+        out, state = tx.update(bare(updates), state, bare(params), **extra_args)
+        return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(out)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

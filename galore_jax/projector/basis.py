@@ -64,7 +64,11 @@ def randomized(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Ar
     the sketch and the basis keep 0.999 of the leading energy down to a spectrum of j^-0.5.
     """
     del previous, key
+    return _randomized(a, rank)
 
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _randomized(a: jax.Array, rank: int) -> jax.Array:
     def leading(gram):
         size = gram.shape[0]
         sketched = min(rank + max(16, rank // 4), size)
@@ -77,6 +81,18 @@ def randomized(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Ar
         return _dot(q, _leading(_dot(q.T, _dot(gram, q)), rank))
 
     return _from_gram(a, leading)
+
+
+@_randomized.defjvp
+def _(rank, primals, tangents):
+    """The derivative of what is approximated: that of the way there has no meaning."""
+    p = _randomized(*primals, rank)
+
+    def exact(a):
+        return _from_gram(a, partial(_leading, rank=rank))
+
+    u, derivative = jax.jvp(exact, primals, tangents)
+    return p, jnp.where(jnp.sum(u * p, axis=0) < 0, -derivative, derivative)
 
 
 def subspace(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Array:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from galore_jax.control import cond
 from galore_jax.matrix.view import MatrixView
 from galore_jax.projector.project import bases, contract
 from galore_jax.projector.refresh import Projectors
@@ -65,5 +66,5 @@ def next_turns(
 
     if now.possible is False:
         return list(turns)
-    new = jax.lax.cond(now.possible, judged, lambda: list(turns))
+    new = cond(now.possible, judged, lambda: list(turns))
     return [jnp.where(done, n, t) for done, n, t in zip(now.renewed, new, turns, strict=True)]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.compiler import in_one_piece
+from galore_jax.control import cond
 from galore_jax.matrix.view import MatrixView
 from galore_jax.projector.basis import Method, Methods, align_signs, at_step
 from galore_jax.projector.gradient import ProjectedGradient, is_projected, unpack
@@ -85,7 +86,7 @@ def refresh(
     return Projectors(new, refreshed, when.count, possible)
 
 
-# Under jit, so that without an outer one the conditional is not compiled anew at every step.
+# Under jit, so that without an outer one decompositions are not compiled anew at every refresh.
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _recompute(
     views: tuple[MatrixView, ...],
@@ -121,7 +122,7 @@ def _recompute(
     def keep():
         return list(old), list(last)
 
-    return jax.lax.cond(when.any_due, recompute, keep)
+    return cond(when.any_due, recompute, keep)
 
 
 def _together(views, grads, old, when: Schedule, methods: Methods):
@@ -141,7 +142,7 @@ def _together(views, grads, old, when: Schedule, methods: Methods):
             p, done = renew(view.matrix, matrix(slot["at"]), slot["old"], seed, methods)
             return p, jnp.where(done, when.count, slot["last"])
 
-        return jax.lax.cond(slot["due"], due, lambda: (slot["old"], slot["last"]))
+        return cond(slot["due"], due, lambda: (slot["old"], slot["last"]))
 
     def in_a_row(view, p):  # an array, or codes and scales
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(view.batch) :]), p)
@@ -213,7 +214,7 @@ def renew(
     # over models one that is not usable runs beside one that is.
     largest = jnp.max(jnp.abs(g.astype(view.dtype)))
     usable = (largest > 0) & jnp.isfinite(largest)
-    return jax.lax.cond(usable, decompose, lambda: (old, jnp.zeros([], bool)))
+    return cond(usable, decompose, lambda: (old, jnp.zeros([], bool)))
 
 
 def seed_of(view: MatrixView) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_jax.control import alike
 from galore_jax.matrix.view import MatrixView
 from galore_jax.precision import wide
 from galore_jax.projector.gradient import LIGHT, ProjectedGradient
@@ -50,7 +51,7 @@ class FactoredUpdate:
         return self.view.shape
 
     def __radd__(self, w: jax.Array) -> jax.Array:
-        return self.add_to(w, lambda x, index: x.astype(w.dtype))
+        return _add_cast(w, self)
 
     def add_to(self, w: jax.Array, rounded: Callable[[jax.Array, jax.Array], jax.Array]):
         """`w + self`; `rounded(sum, index)` casts the new matrix number `index`."""
@@ -81,7 +82,14 @@ class FactoredUpdate:
             new = added(at(w), projector, low_rank, decay, i)
             return jax.lax.dynamic_update_index_in_dim(w, new, i, 0)
 
-        return jax.lax.fori_loop(0, count, body, flat(w)).reshape(w.shape)
+        carried, *_ = alike((flat(w), parts))
+        return jax.lax.fori_loop(0, count, body, carried).reshape(w.shape)
+
+
+# Compiled once where steps are not.
+@jax.jit
+def _add_cast(w: jax.Array, update: FactoredUpdate) -> jax.Array:
+    return update.add_to(w, lambda x, index: x.astype(w.dtype))
 
 
 def lifted(

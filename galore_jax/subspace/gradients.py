@@ -134,7 +134,17 @@ def value_and_grad(
                 flat[i] = Tapped(kernel, tap.rule)  # type: ignore[assignment]
             args, keys = given
             kwargs = kwargs_def.unflatten([keys.get(i, x) for i, x in enumerate(named)])
-            return loss_fn(treedef.unflatten(flat), *args, **kwargs)
+            try:
+                return loss_fn(treedef.unflatten(flat), *args, **kwargs)
+            except ValueError as error:
+                if "pytree structure error" not in str(error) or not taps:
+                    raise
+                raise ValueError(
+                    "galore_jax.value_and_grad: the loss maps over its parameters and another "
+                    f"tree. A projected kernel ('{next(iter(gradients))}') is a node with leaves "
+                    "of its own in there: map over the other tree first, as in Equinox's "
+                    "eqx.combine(static, params), or join them before the loss"
+                ) from error
 
         def part(projectors, turns, given):
             at = [_slots(taps[i]) if i in taps else x for i, x in enumerate(leaves)]

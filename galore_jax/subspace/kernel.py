@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from galore_jax.control import cond
 from galore_jax.matrix.view import MatrixView
 from galore_jax.projector.basis import Methods
 from galore_jax.projector.gradient import Basis, pack
@@ -201,7 +202,7 @@ def cotangents(rule: Rule, stored: Stored, turn, gradient, project, square) -> S
     if turn is None:
         return Slots(project(stored), square(), None)
     view = rule.view.matrix
-    new, renewed = jax.lax.cond(
+    new, renewed = cond(
         turn.due,
         lambda: renew(
             view, gradient(), stored, (seed_of(rule.view), turn.step, turn.layer), rule.methods
