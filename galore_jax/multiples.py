@@ -8,6 +8,7 @@ known here is no multiple.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -230,13 +231,13 @@ class _Reader:
         taint = frozenset().union(*map(self.taint, operands))
         blame = next((x.blame for x in operands if x.blame), None)
         return Multiple(
-            number, uniform=uniform, taint=taint, blame=blame or (_who(eqn) if taint else None)
+            number, uniform=uniform, taint=taint, blame=blame or (made_by(eqn) if taint else None)
         )
 
     def blamed(self, eqn: JaxprEqn, operands: list[Multiple], result: Multiple) -> Multiple:
         """A call's result; what JAX traced once may have been for another."""
         new = result.taint and result.blame not in {x.blame for x in operands if x.blame}
-        return result._replace(blame=_who(eqn) or result.blame) if new else result
+        return result._replace(blame=made_by(eqn) or result.blame) if new else result
 
     def taint(self, x: Multiple) -> frozenset[int]:
         """The groups on which a value depends otherwise than by their norm."""
@@ -263,17 +264,26 @@ def _is_multiple(x: Multiple) -> bool:
     return x.of is not None and x.power == 1
 
 
-def _who(eqn: JaxprEqn) -> str | None:
+def made_by(eqn: JaxprEqn) -> str | None:
     """The transformation in whose update an equation was traced, if that is known."""
-    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
-    names = [frame.function_name for frame in getattr(traceback, "frames", ())]
-    return transformation(names)
+    where = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    names = [frame.function_name for frame in getattr(where, "frames", ())]
+    return _transformation(names)
 
 
-def transformation(names: Sequence[str]) -> str | None:
-    """Who made the innermost function of these that is some `maker.<locals>.update...`."""
+def raised_in(error: Exception) -> str | None:
+    """The transformation in whose update or init an error was raised; None for galore's own."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
+    if next((package for package in packages if package != "jax"), None) == "galore_jax":
+        return None
+    return _transformation([frame.f_code.co_qualname for frame in frames])
+
+
+def _transformation(names: Sequence[str]) -> str | None:
+    """Who made the innermost of these that is some `maker.<locals>....update...`, or init."""
     for name in names:
         maker, _, function = name.partition(".<locals>.")
-        if function.startswith("update") and maker not in ("chain", "named_chain"):
+        if ("update" in function or "init" in function) and maker not in ("chain", "named_chain"):
             return maker
     return None

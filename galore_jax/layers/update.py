@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.compiler import in_one_piece
+from galore_jax.layers.alike import check_layers_alike
 from galore_jax.layers.model import split
 from galore_jax.layers.optimizer import in_parts
+from galore_jax.matrix.trees import bare
+from galore_jax.multiples import raised_in
 from galore_jax.precision import wide
 
 
@@ -43,11 +46,10 @@ def value_and_update(
     to rounding, and `opt_state` is the same, from `tx.init(params)`. Call it under a `jit` that
     donates params and opt_state, or nothing is in place.
 
-    It works with every optimizer that treats leaves separately; one that mixes them is refused
-    when it is traced. Links that follow the loss, as `optax.contrib.reduce_on_plateau`, get it as
-    `value`. For clipping by the global norm there is `clip_norm`. An optimizer that
-    takes means over a leaf (trust ratios, Adafactor's clipping) sees each layer of a stacked leaf
-    as a leaf, which nothing checks.
+    It works with every optimizer that treats leaves, and layers of a stacked leaf, separately; one
+    that mixes them (global norms, trust ratios, block root mean squares) is refused when it is
+    traced. Links that follow the loss, as `optax.contrib.reduce_on_plateau`, get it as
+    `value`. For clipping by the global norm there is `clip_norm`.
 
     Args:
         loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`; it
@@ -101,7 +103,16 @@ def value_and_update(
     @functools.wraps(loss_fn)
     def value_and_updated(params, opt_state, *args, rounding_key=None, **kwargs):
         model = split(lambda p: loss_fn(p, *args, **kwargs), params, has_aux)
-        optimizer = in_parts(tx, params, opt_state, refresh, rounding_key)
+        try:
+            optimizer = in_parts(tx, params, opt_state, refresh, rounding_key)
+        except Exception as error:  # whatever a link raises for what it does not expect
+            if (name := raised_in(error)) is None:
+                raise
+            raise ValueError(
+                f"value_and_update: '{name}' takes no part of the parameters alone ({error}). "
+                "Use another link, or galore_jax.value_and_grad"
+            ) from error
+        check_layers_alike(tx, bare(params), model.stacked, optimizer.paths)
         # By position: in the parameters' leaves, in the state's.
         weights = dict(enumerate(jax.tree.leaves(params)))
         state = dict(enumerate(jax.tree.leaves(opt_state)))

@@ -168,7 +168,7 @@ def _together(views, grads, old, when: Schedule, methods: Methods):
 
         def part(start, size, like):
             def cut(x, like):
-                at, sizes = [start] + [0] * (x.ndim - 1), (size, *x.shape[1:])
+                at, sizes = [start, *[np.int32(0)] * (x.ndim - 1)], (size, *x.shape[1:])
                 x = jax.lax.dynamic_slice(x, at, sizes, allow_negative_indices=False)
                 return x.reshape(like.shape)
 

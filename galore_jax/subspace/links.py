@@ -6,7 +6,6 @@ out. What a link does beside that, element by element or with parameters, it wou
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import optax
 
 from galore_jax.matrix.trees import path_string
 from galore_jax.matrix.view import MatrixView
-from galore_jax.multiples import Group, multiples, transformation
+from galore_jax.multiples import Group, multiples, raised_in
 from galore_jax.projector.gradient import ProjectedGradient
 from galore_jax.projector.update import FactoredUpdate, factored
 from galore_jax.state import around, is_state
@@ -75,7 +74,7 @@ def check_links(
 
         found = multiples(jax.make_jaxpr(flat)(*args), groups)
     except Exception as error:  # whatever a link raises for what it does not expect
-        name = _raised_in(error)
+        name = raised_in(error)
         if name is None:
             raise
         raise ValueError(_message(name, next(iter(like)))) from error
@@ -100,12 +99,6 @@ def _factored(view: MatrixView, p: Any, low_rank: Any, w: Any) -> FactoredUpdate
 
 def _group(node: Any, heavy: tuple[str, ...]) -> Group:
     return Group(tuple(jax.tree.leaves(node)), frozenset(getattr(node, name) for name in heavy))
-
-
-def _raised_in(error: Exception) -> str | None:
-    """The transformation in whose update an error was raised."""
-    frames = reversed(list(traceback.walk_tb(error.__traceback__)))
-    return transformation([frame.f_code.co_qualname for frame, _ in frames])
 
 
 def _message(name: str, path: str) -> str:
