@@ -214,7 +214,8 @@ def _decay_rates(inner_state, next_state, where: Sites) -> Iterator[Decay]:
             out.append([_sample(x, where) for x in (first, trees.get(_SECOND))])
         return out
 
-    _, rates = jax.jvp(probe, (jnp.zeros([]),), (jnp.ones([]),))
+    # Away from zero, where roots have no derivative.
+    _, rates = jax.jvp(probe, (jnp.ones([]),), (jnp.ones([]),))
     return (Decay(b1, b2) for b1, b2 in rates)
 
 

@@ -85,17 +85,18 @@ def received(gradient: Any) -> Any:
     """
     if not is_projected(gradient) or gradient.basis is None:
         return gradient
-    basis, unit = gradient.basis, gradient.basis.unit
+    # A unit of zero, from scaling by zero or of a kernel that the loss does not use, leaves no
+    # basis and a gradient that is zero rightly.
+    basis = gradient.basis
+    unit = jnp.where(basis.unit == 0, 1, basis.unit)
     p, renewed = basis.projector / unit[..., None, None], basis.renewed / unit
     squares = basis.squares / unit[..., None]
     # Also false where the basis is not finite.
     equal = jnp.abs(jnp.sum(jnp.square(p), axis=-2) - squares) <= _SAME * squares
     sound = jnp.all(equal, axis=-1) & ((renewed == 0) | (renewed == 1))
-    # Scaled by zero, nothing is left of the basis, and the gradient is zero rightly.
-    right = (sound | (unit == 0))[..., None, None]
     return dataclasses.replace(
         gradient,
-        low_rank=jnp.where(right, gradient.low_rank, jnp.nan),
+        low_rank=jnp.where(sound[..., None, None], gradient.low_rank, jnp.nan),
         basis=Basis(p, squares, jnp.where(sound, renewed, 0), jnp.ones_like(unit)),
     )
 

@@ -68,6 +68,27 @@ def test_any_optimizer_that_treats_leaves_separately(name):
     assert relative(want, got, params) < (2e-2 if loose else 1e-3)
 
 
+def test_links_that_follow_the_loss_get_it():
+    params, loss_fn = plain()
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=0)
+    tx = optax.chain(galore_jax.galore_adamw(0.3, **OPTIONS), plateau)
+
+    def full_step(params, state, x):
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return loss, optax.apply_updates(params, updates), state
+
+    ends = []
+    for step in (jax.jit(full_step), jax.jit(galore_jax.value_and_update(loss_fn, tx))):
+        p, state = params, tx.init(params)
+        for x in batches(4):
+            _, p, state = step(p, state, x)
+        ends.append((p, float(state[1].scale)))
+    (want, scale), (got, other) = ends
+    assert scale == other < 1
+    assert relative(want, got, params) < 1e-4
+
+
 def test_codes_of_large_stacks_are_cut_into_layers():
     # Leaves beyond 4096 numbers, whose layers are not; layers of whole blocks; vectors of a width
     # that is no multiple of a block's.

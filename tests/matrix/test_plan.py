@@ -1,5 +1,8 @@
 """What a leaf becomes: axes, sides, ranks, exclusions, specs and their errors."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +35,24 @@ def arrays_with_axes(draw):
 
 
 @pytest.mark.slow
+def test_a_tree_of_dimension_numbers_may_be_callable():
+    """As an Equinox module is."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Module:
+        w: Any
+        b: Any
+
+        def __call__(self, x):
+            raise AssertionError("a tree is not called")
+
+    spec = optax.contrib.GaLoreDimensionNumbers(1, 0)
+    params = Module(jnp.ones((24, 16)), jnp.ones(24))
+    tx = galore_jax.galore_adamw(1e-2, rank=4, weight_dimension_numbers=Module(spec, None))
+    assert tx.init(params).projector.w.shape == (16, 4)
+
+
 @given(arrays_with_axes(), st.sampled_from(["in", "out", "both"]))
 @settings(max_examples=60, deadline=None)
 def test_matrix_view_is_undone_and_slices_agree(case, side):

@@ -36,6 +36,22 @@ def energy(p, a):
     return np.sum((p.T @ a) ** 2)
 
 
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_the_randomized_basis_has_the_derivative_of_the_exact_one(shape):
+    rng = np.random.default_rng(0)
+    a, da = matrix(rng, *shape, power=2), rng.standard_normal(shape)
+    results = {}
+    for name in ("eigh", "randomized"):
+
+        def basis(a, name=name):
+            p = METHODS[name](a, 4, jnp.zeros((shape[0], 4)), lambda: jax.random.key(0))
+            return p @ p.T  # whatever the signs
+
+        results[name] = jax.jvp(basis, (jnp.asarray(a),), (jnp.asarray(da),))
+    for exact, found in zip(*results.values(), strict=True):
+        np.testing.assert_allclose(found, exact, atol=2e-3 * np.max(np.abs(exact)))
+
+
 def test_svd_is_orthonormal_where_the_decomposition_is_nearly_so(monkeypatch):
     a = matrix(np.random.default_rng(0), 30, 50).astype(np.float32)
     exact = np.linalg.svd(a)

@@ -197,6 +197,37 @@ def test_microbatches_are_one_batch(has_aux, refresh):
     assert jnp.all(b.rest >= a.rest * (1 - 1e-5))
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_each_microbatch_has_a_random_key_of_its_own(by_name):
+    tx, params = galore_jax.galore_adamw(1e-2, rank=4), {"w": jnp.ones((16, 32))}
+
+    def loss_fn(params, x, key):
+        mask = jax.random.bernoulli(key, 0.5, (x.shape[0], 32))
+        return jnp.mean((x @ params["w"] * mask) ** 2), mask
+
+    f = galore_jax.value_and_grad(loss_fn, tx, has_aux=True, microbatches=2)
+    x, key = jnp.ones((8, 16)), jax.random.key(0)
+    more = ((), {"key": key}) if by_name else ((key,), {})
+    (_, masks), _ = f(params, tx.init(params), x, *more[0], **more[1])
+    assert np.any(masks[0] != masks[1])
+    for i in range(2):
+        again = loss_fn(params, x[i::2], jax.random.fold_in(key, i))[1]
+        np.testing.assert_array_equal(masks[i], again)
+    with pytest.raises(ValueError, match="argument 1 looks like a random key of the old kind"):
+        f(params, tx.init(params), x, jax.random.PRNGKey(0))
+
+
+def test_a_loss_that_maps_over_its_parameters_and_another_tree():
+    tx, params = galore_jax.galore_adamw(1e-2, rank=4), {"w": jnp.ones((16, 32))}
+
+    def loss_fn(params, x):
+        params = jax.tree.map(lambda a, b: a, params, {"w": None}, is_leaf=lambda x: x is None)
+        return jnp.mean(x @ params["w"])
+
+    with pytest.raises(ValueError, match=r"A projected kernel \('w'\) is a node"):
+        galore_jax.value_and_grad(loss_fn, tx)(params, tx.init(params), jnp.ones((8, 16)))
+
+
 def new_projector(gradient, old):
     p, renewed = unpack(gradient.view, received(gradient).basis, old)
     assert renewed.all()
