@@ -1,9 +1,9 @@
 """Which output of a traced function depends on which input, and how often a kernel is used.
 
-This is the one module that looks into jaxprs. What a loop or a call does with its operands it
-tells from the shapes outside and inside, since the parameters of JAX's primitives change from
-one version to the next. Of an equation that it does not know it assumes the worst: each result
-depends on every operand, and a kernel that is used inside is used more than once.
+This module opens jaxprs, for `multiples` and `rows` too. What a loop or a call does with its
+operands it tells from the shapes outside and inside, since the parameters of JAX's primitives
+change from one version to the next. Of an equation that it does not know it assumes the worst:
+each result depends on every operand, and a kernel that is used inside is used more than once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat2", "checkpoint"}
 _CALLS |= {"shard_map", "xla_pmap"}
 
-# Each result is the operand at its place.
-_IDENTITIES = {"optimization_barrier"}
+_IDENTITIES = {"optimization_barrier"}  # each result is the operand at its place
 
 # Parts of a stack: different ones are different kernels.
 _PARTS = {"slice", "dynamic_slice", "gather", "split"}

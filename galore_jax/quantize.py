@@ -13,8 +13,7 @@ functions over a `Format`; the formats stand in one table, `FORMATS`:
 name             dtype levels decoded value
 ================ ===== ====== =====================================================
 dynamic          uint8 256    scale * table[code], bitsandbytes' signed dynamic map
-dynamic_unsigned uint8 256    the same with the unsigned map, for second moments: of what is
-                              above zero none decodes to zero, by which one would divide
+dynamic_unsigned uint8 256    the same, unsigned: of what is above zero none becomes zero
 int8             int8  256    scale * code
 int4             uint8 16     scale * code, two codes a byte
 ================ ===== ====== =====================================================

@@ -113,7 +113,7 @@ def galore(
             Axes not named are stacked matrices, each with its own projector. By default 2-D
             leaves are matrices; `galore_jax.last_two_axes` is the rule for scanned models.
         projector_dtype: how projectors are stored: float32 (default; float64 for float64
-            parameters), bfloat16, or quantised in blocks of 256 numbers, `int8` or `int4` (two
+            parameters), bfloat16, or quantised in blocks of up to 256, `int8` or `int4` (two
             to a byte). What is stored is what projects and lifts.
 
     Returns:

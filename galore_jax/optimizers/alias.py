@@ -97,7 +97,7 @@ def galore_adamw8bit(
     r"""AdamW in the subspace with moments in 8 bits: the paper's recipe for 7B in 24 GB.
 
     `galore(galore_jax.adamw8bit(...), rank=rank)`: the update of `galore_adamw`, with its moments
-    stored by blocks of 256 as `galore_jax.scale_by_adam8bit` does. With `projector_dtype="int8"`
+    stored in blocks as `galore_jax.scale_by_adam8bit` does. With `projector_dtype="int8"`
     the whole state of a matrix (m, n) takes about r (m + 2 n) bytes.
 
     Args:

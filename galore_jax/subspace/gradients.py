@@ -61,10 +61,11 @@ def value_and_grad(
     - The loss must not cast the tree of parameters; layers cast kernels where they use them.
     - Kernels whose stacked axes are not the leading ones get full gradients, as under
       `jax.value_and_grad`, and are refreshed by `tx.update`.
-    - `optax.MultiSteps` and `optax.apply_if_finite` have to be inside of `galore`; links in
-      front of it, and behind, may scale and measure (`clip_by_global_norm`), but not treat
-      elements one by one, since part of what they see is no element of the gradient. Labels and
-      masks around it are trees, not callables.
+    - Links in front of `galore`, and behind, may scale, by a number that follows from the norm of
+      the whole tree too (`clip_by_global_norm`). One that does more, element by element or with
+      parameters, would treat factors, and is refused by name; so are `optax.MultiSteps` and
+      `optax.apply_if_finite` around it, which have to be inside. Labels and masks around it are
+      trees, not callables.
     - Gradients that several processes average by hand (`shard_map`, `pmap`) are projected
       alike only between refreshes; on one, where bases differ, the update is NaN.
 
@@ -90,9 +91,9 @@ def value_and_grad(
 
     Raises:
         TypeError: when called, for a loss that casts the tree of parameters.
-        ValueError: when called, where `tx` holds no `galore`, or one inside an
-            `optax.MultiSteps`; for a kernel that is used twice where a refresh may happen; for
-            rows that `microbatches` does not divide.
+        ValueError: when called, where `tx` holds no `galore`, one inside an
+            `optax.MultiSteps`, or a link around it that does more than scale; for a kernel that
+            is used twice where a refresh may happen; for rows that `microbatches` does not divide.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, galore_jax

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.matrix.trees import path_string
-from galore_jax.matrix.view import MatrixView
 from galore_jax.multiples import Group, multiples, raised_in
 from galore_jax.projector.gradient import ProjectedGradient
 from galore_jax.projector.update import FactoredUpdate, factored
@@ -38,63 +37,60 @@ def check_links(
     Raises:
         ValueError: it names the link.
     """
-    if is_state(opt_state):
+    if is_state(opt_state) or not like:
         return  # nothing is around it
-    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    shapes, state = jax.tree.map(_shape, (jax.tree.leaves(params), opt_state))
     treedef = jax.tree.structure(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    place = {path_string(path): i for i, (path, _) in enumerate(leaves)}
+    shapes, state = jax.tree.map(_shape, (jax.tree.leaves(params), opt_state))
     gradients = {path: gradient for path, (gradient, _) in like.items()}
-    updates = {
-        path: jax.eval_shape(lambda p, r, w, v=g.view: _factored(v, p, r, w), p, g.low_rank, w)
-        for (path, (g, p)), w in zip(
-            like.items(), (shapes[paths.index(path)] for path in like), strict=True
-        )
-    }
+    updates = {path: _update(*like[path], shapes[place[path]]) for path in like}
 
     def run(gradients, updates, leaves, state):
-        grads = treedef.unflatten([gradients.get(p, x) for p, x in zip(paths, leaves, strict=True)])
-        out, rest, arrived = around(tx, grads, state, treedef.unflatten(leaves), updates)
+        given = [gradients.get(path, leaves[i]) for path, i in place.items()]
+        params = treedef.unflatten(leaves)
+        out, rest, arrived = around(tx, treedef.unflatten(given), state, params, updates)
         flat = treedef.flatten_up_to(out)
-        out = {path: flat[paths.index(path)] for path in like}
-        others = [x for path, x in zip(paths, flat, strict=True) if path not in like]
-        return {path: arrived[path] for path in like}, out, (others, rest)
+        others = [flat[i] for path, i in place.items() if path not in like]
+        return {p: arrived[p] for p in like}, {p: flat[place[p]] for p in like}, (others, rest)
 
     args = gradients, updates, shapes, state
-    number = iter(range(len(jax.tree.leaves(args))))
-    numbered = jax.tree.map(lambda _: next(number), args)
-    groups = [_group(numbered[0][path], ("low_rank", "rest")) for path in like]
-    groups += [_group(numbered[1][path], ("norm",)) for path in like]
+    inputs = _numbered(args)
+    groups = {path: _group(inputs[0][path], ("low_rank", "rest")) for path in like}
+    lifted = {path: _group(inputs[1][path], ("norm",)) for path in like}
     try:
-        structure: list[Any] = []
-
-        def flat(*args):
-            results = run(*args)
-            structure.append(jax.tree.structure(results))
-            return jax.tree.leaves(results)
-
-        found = multiples(jax.make_jaxpr(flat)(*args), groups)
+        closed, results = jax.make_jaxpr(run, return_shape=True)(*args)
     except Exception as error:  # whatever a link raises for what it does not expect
-        name = raised_in(error)
-        if name is None:
+        if (name := raised_in(error)) is None:
             raise
         raise ValueError(_message(name, next(iter(like)))) from error
-    number = iter(range(len(found.results)))
-    arrived, out, others = jax.tree.unflatten(structure[0], range(len(found.results)))
-    for nodes, of in ((arrived, groups[: len(like)]), (out, groups[len(like) :])):
-        for path, group in zip(like, of, strict=True):
-            name = found.scaled(jax.tree.leaves(nodes[path]), group)
-            if name is not None:
+    found = multiples(closed, [*groups.values(), *lifted.values()])
+    arrived, out, others = _numbered(results)
+    for path in like:
+        for node, group in ((arrived[path], groups[path]), (out[path], lifted[path])):
+            if (name := found.scaled(jax.tree.leaves(node), group)) is not None:
                 raise ValueError(_message(name, path))
     if (name := found.spoilt(jax.tree.leaves(others))) is not None:
         raise ValueError(_message(name, next(iter(like))))
+
+
+def _numbered(tree: Any) -> Any:
+    """The positions of its arrays in the place of a tree's arrays."""
+    return jax.tree.unflatten(jax.tree.structure(tree), range(len(jax.tree.leaves(tree))))
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
-def _factored(view: MatrixView, p: Any, low_rank: Any, w: Any) -> FactoredUpdate:
-    return factored(view, p, low_rank, jnp.zeros(view.batch, view.dtype), w)
+def _update(gradient: ProjectedGradient, projector: Any, w: Any) -> FactoredUpdate:
+    """Shapes of the update of a leaf whose gradient arrives in the subspace."""
+    view = gradient.view
+
+    def make(p, low_rank, w):
+        return factored(view, p, low_rank, jnp.zeros(view.batch, view.dtype), w)
+
+    return jax.eval_shape(make, projector, gradient.low_rank, w)
 
 
 def _group(node: Any, heavy: tuple[str, ...]) -> Group:
