@@ -112,6 +112,7 @@ def test_gpu_says_why_a_process_failed(error, wanted):
     assert gpu.reason(error) == wanted
 
 
+@pytest.mark.slow
 def test_a_failed_process_is_recorded(tmp_path):
     row = gpu.Configuration("no such model", "tier 1", 120)
     found = gpu.complete(gpu.measured(row, None, 120, "cpu"), row)

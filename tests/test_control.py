@@ -28,6 +28,7 @@ def test_a_known_answer_takes_one_branch():
     assert sorted(called[2:]) == ["false", "true"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [
@@ -112,6 +113,7 @@ STRICT = FULL | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRICT)
 def test_strict_promotion(name, monkeypatch):
     monkeypatch.setattr(optax.tree, "bias_correction", in_strict_floats)
@@ -135,6 +137,7 @@ def test_gradients_in_the_subspace_under_strict_promotion(monkeypatch):
         jax.eval_shape(step, params, jax.eval_shape(tx.init, params), jnp.ones((8, 16)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
 def test_an_eager_loop_makes_no_nan_on_the_way(moments):
     """With zero gradients, and a kernel that the loss does not use."""

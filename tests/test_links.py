@@ -163,6 +163,7 @@ def test_in_the_subspace(name, place):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * moved + 1e-7)
 
 
+@pytest.mark.slow
 def test_links_that_scale_are_taken():
     taken = {
         "front": [optax.clip_by_global_norm(1e-3), optax.scale(0.5), optax.identity()],
@@ -215,6 +216,7 @@ MIXING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXING)
 def test_links_that_mix_layers_are_refused_by_name(name):
     tx = optax.chain(MIXING[name](), galore_jax.galore_adamw(1e-2, **OPTIONS))

@@ -108,6 +108,7 @@ def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_taken_again(
     quality.main([*few, "--methods", "AdamW", "--speed-rounds", "0"])
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_is_named(tmp_path):
     budget = quality.BUDGETS["quick"]
     run = quality.Run("AdamW", -1.0, budget.steps, 0)

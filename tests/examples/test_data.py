@@ -220,6 +220,7 @@ def test_streamed_dataset_is_packed_whole(dataset, monkeypatch, tmp_path):
     assert len(held_out) == 4 and not held_out & {row["text"] for row in train}
 
 
+@pytest.mark.slow
 def test_streamed_dataset_resumes_exactly_over_epochs(dataset, monkeypatch, tmp_path):
     data = open_dataset(dataset, monkeypatch, tmp_path)
     expected = take(iter(data.train), 60)

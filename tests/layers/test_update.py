@@ -89,6 +89,7 @@ def test_links_that_follow_the_loss_get_it():
     assert relative(want, got, params) < 1e-4
 
 
+@pytest.mark.slow
 def test_codes_of_large_stacks_are_cut_into_layers():
     # Leaves beyond 4096 numbers, whose layers are not; layers of whole blocks; vectors of a width
     # that is no multiple of a block's.
@@ -173,6 +174,7 @@ def test_what_comes_before_and_after_the_blocks(tied):
     assert relative(want, got, params) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_plain_step_has_no_refresh_in_it():
     params, loss_fn = plain()
     tx = galore_jax.galore_adamw(1e-2, moments="reset", **OPTIONS)
@@ -240,6 +242,7 @@ def test_devices_that_share_a_batch_stay_together(clip):
     )
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_lets_small_updates_through():
     params, loss_fn = plain(jnp.bfloat16)
     data = batches(1, dtype=jnp.bfloat16)[0]

@@ -53,6 +53,7 @@ def test_a_tree_of_dimension_numbers_may_be_callable():
     assert tx.init(params).projector.w.shape == (16, 4)
 
 
+@pytest.mark.slow
 @given(arrays_with_axes(), st.sampled_from(["in", "out", "both"]))
 @settings(max_examples=60, deadline=None)
 def test_matrix_view_is_undone_and_slices_agree(case, side):

@@ -181,6 +181,7 @@ def staggered(gap, steps, succeeds=lambda step: True):
             refreshed = [np.where(d, step, r) for d, r in zip(due, refreshed, strict=True)]
 
 
+@pytest.mark.slow
 @given(gap=st.integers(1, 30), failing=st.sets(st.integers(0, 60)))
 @settings(max_examples=30, deadline=None)
 def test_a_turn_that_fails_is_taken_at_the_next_step_and_moves_no_other(gap, failing):

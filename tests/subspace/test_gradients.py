@@ -150,6 +150,7 @@ def test_any_inner_optimizer_takes_them(inner):
     assert relative(want, got, params) < 1e-2
 
 
+@pytest.mark.slow
 def test_a_plain_step_is_that_of_the_program_that_can_refresh():
     params, loss_fn = plain(hooked=True)
     tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
@@ -287,6 +288,7 @@ def test_bfloat16_activations_run_on_every_backend(refresh):
     assert float(optax.tree.norm(grads)) == pytest.approx(float(optax.tree.norm(want)), rel=0.02)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_have_float32_gradients_in_the_subspace():
     params, loss_fn = plain(jnp.bfloat16, hooked=True)
     tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
@@ -579,6 +581,7 @@ def test_numpy_operands():
     assert jnp.all(jnp.isfinite(after["blocks"]["up"]))
 
 
+@pytest.mark.slow
 def test_a_plain_program_resets_no_moments():
     params, loss_fn = plain()
     tx = galore_jax.galore_adamw(1e-2, moments="reset", **OPTIONS)
