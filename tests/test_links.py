@@ -239,6 +239,12 @@ def test_links_that_keep_layers_apart_are_taken(tx):
     check_layers_alike(tx, PARAMS, [0, 1], PATHS)
 
 
+def test_an_optimizer_that_takes_no_small_twin_is_not_checked():
+    """In a twin of more layers than the rank, stacked vectors are a matrix."""
+    options = OPTIONS | dict(rank=5, exclude=None)
+    check_layers_alike(galore_jax.galore_adamw8bit(1e-2, **options), PARAMS, [0, 1], PATHS)
+
+
 def test_means_over_stacked_vectors_are_a_warning():
     tx = galore_jax.galore_adafactor(1e-2, **OPTIONS)
     with pytest.warns(UserWarning, match="galore_adafactor looks at all layers of leaf 'blocks/no"):
