@@ -138,7 +138,7 @@ def value_and_grad(
             try:
                 return loss_fn(treedef.unflatten(flat), *args, **kwargs)
             except ValueError as error:
-                if "pytree structure error" not in str(error) or not taps:
+                if not any(x in str(error) for x in ("pytree structure", "node type mismatch")):
                     raise
                 raise ValueError(
                     "galore_jax.value_and_grad: the loss maps over its parameters and another "
