@@ -138,7 +138,8 @@ def value_and_grad(
             try:
                 return loss_fn(treedef.unflatten(flat), *args, **kwargs)
             except ValueError as error:
-                if not any(x in str(error) for x in ("pytree structure", "node type mismatch")):
+                said = ("pytree structure error", "node type mismatch")
+                if not taps or not any(x in str(error) for x in said):
                     raise
                 raise ValueError(
                     "galore_jax.value_and_grad: the loss maps over its parameters and another "
