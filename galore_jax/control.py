@@ -49,7 +49,7 @@ def _varies(x: Any) -> frozenset[str]:
     found = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     if hasattr(found, "manual_axis_type"):
         return getattr(found.manual_axis_type, "varying", frozenset())
-    return getattr(found, "vma", None) or frozenset()  # before JAX 0.9
+    return getattr(found, "vma", None) or frozenset()  # of older JAX
 
 
 def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -59,4 +59,4 @@ def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     lax: Any = jax.lax
     if hasattr(lax, "pcast"):
         return lax.pcast(x, missing, to="varying")
-    return lax.pvary(x, missing)  # before JAX 0.9
+    return lax.pvary(x, missing)  # of older JAX

@@ -37,7 +37,8 @@ def _keeps(eqn: Any, rows: int) -> bool:
     if name in _ELEMENTWISE:
         *operands, result = shapes
         return all(
-            not x or (len(x) == len(result) and all(a in (1, b) for a, b in zip(x, result)))  # noqa: B905
+            not x
+            or (len(x) == len(result) and all(a in (1, b) for a, b in zip(x, result, strict=True)))
             for x in operands
         )
     if name in ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "pad"):

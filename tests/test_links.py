@@ -106,7 +106,6 @@ def build(make, place):
         "around": lambda: link,
         "front": lambda: optax.chain(link, galore),
         "behind": lambda: optax.chain(subspace, link, optax.scale(-1e-2)),
-        "inside": lambda: galore_jax.galore(optax.chain(link, optax.adamw(1e-2)), **OPTIONS),
     }[place]()
 
 

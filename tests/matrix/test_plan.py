@@ -34,7 +34,6 @@ def arrays_with_axes(draw):
     return shape, tuple(axes[:a]), tuple(axes[a:b])
 
 
-@pytest.mark.slow
 def test_a_tree_of_dimension_numbers_may_be_callable():
     """As an Equinox module is."""
 
