@@ -5,6 +5,7 @@ what it does with full gradients; where it refuses those, the lower tiers need n
 """
 
 import inspect
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -105,68 +106,101 @@ def build(make, place):
     return {
         "around": lambda: link,
         "front": lambda: optax.chain(link, galore),
+        "inside": lambda: galore_jax.galore(optax.chain(link, optax.adamw(1e-2)), **OPTIONS),
         "behind": lambda: optax.chain(subspace, link, optax.scale(-1e-2)),
     }[place]()
 
 
-def update(tx, gradient, params, state, x):
-    loss, grads = gradient(params, state, x)
-    names = inspect.signature(tx.update).parameters
-    takes_value = "value" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
-    more = {"value": loss} if takes_value else {}
-    updates, state = tx.update(grads, state, params, **more)
-    return optax.apply_updates(params, updates), state
+def step_of(tier, tx):
+    """One training step, `step(params, state, x) -> params, state`."""
+
+    def by(gradient):
+        def step(params, state, x):
+            loss, grads = gradient(params, state, x)
+            names = inspect.signature(tx.update).parameters
+            takes_value = "value" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
+            more = {"value": loss} if takes_value else {}
+            updates, state = tx.update(grads, state, params, **more)
+            return optax.apply_updates(params, updates), state
+
+        return step
+
+    return {
+        "full": lambda: by(lambda params, _, x: jax.value_and_grad(loss_fn)(params, x)),
+        "subspace": lambda: by(galore_jax.value_and_grad(loss_fn, tx)),
+        "layerwise": lambda: lambda *args: galore_jax.value_and_update(loss_fn, tx)(*args)[1:],
+    }[tier]()
 
 
-def built(name, place):
-    """An optimizer that takes full gradients, and the function that gives them; else None."""
+def as_with_full_gradients(name, place, tier):
+    """Whether a transformation does there what it does with full gradients.
+
+    Returns:
+        "equal"; "refused", by an error that names our function; "warned" of; or None, where full
+        gradients are refused too.
+    """
     try:
         tx = build(MAKERS[name], place)
         if tx is None:
             return None
-
-        def full(params, state, x):
-            return jax.value_and_grad(loss_fn)(params, x)
-
         state = jax.eval_shape(tx.init, PARAMS)
-        jax.eval_shape(lambda s: update(tx, full, PARAMS, s, ROWS[0]), state)
+        jax.eval_shape(step_of("full", tx), PARAMS, state, ROWS[0])
     except AssertionError:
         raise
     except Exception:
         return None
-    return tx, full
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            jax.eval_shape(step_of(tier, tx), PARAMS, state, ROWS[0])
+    except ValueError as error:
+        assert "galore" in str(error) and "value_and_" in str(error)
+        return "refused"
+    if any("each layer's vector" in str(x.message) for x in caught):
+        return "warned"
+    ends = []
+    for one in "full", tier:
+        step, params, state = step_of(one, tx), PARAMS, tx.init(PARAMS)
+        # Compiled where it is a loop that would be compiled anew at each step.
+        step = jax.jit(step) if one == "layerwise" else step
+        for x in ROWS:
+            params, state = step(params, state, x)
+        ends.append(params)
+    for a, b, start in zip(*map(jax.tree.leaves, (*ends, PARAMS)), strict=True):
+        moved = np.max(np.abs(np.asarray(a) - start))
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * moved + 1e-7)
+    return "equal"
 
 
-def places(make):
+def is_whole(make):
+    """Whether it makes an optimizer, rather than a link of one."""
+    return "learning_rate" in inspect.signature(make).parameters
+
+
+def cases(*places):
     """Whole optimizers behave alike in front and behind: both keep moments of what they see."""
-    whole = "learning_rate" in inspect.signature(make).parameters
-    return ["front", "around"] if whole else ["front", "behind", "around"]
+    for name, make in MAKERS.items():
+        for place in places:
+            if not (is_whole(make) and place == "behind"):
+                yield name, place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "place"), list(cases("front", "inside", "behind", "around")))
+def test_in_the_subspace(name, place):
+    as_with_full_gradients(name, place, "subspace")
+
+
+# Where a link stands makes no difference there, and whole optimizers consist of links.
+LINKS = [name for name, make in MAKERS.items() if not is_whole(make)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "place"), [(name, place) for name, make in MAKERS.items() for place in places(make)]
+    ("name", "place"), [(n, p) for n, p in cases("front", "around") if n in LINKS]
 )
-def test_in_the_subspace(name, place):
-    found = built(name, place)
-    if found is None:
-        return
-    tx, full = found
-    subspace = galore_jax.value_and_grad(loss_fn, tx)
-    state = jax.eval_shape(tx.init, PARAMS)
-    try:
-        jax.eval_shape(lambda s: update(tx, subspace, PARAMS, s, ROWS[0]), state)
-    except ValueError as error:
-        assert "galore" in str(error) and "value_and_" in str(error)
-        return
-    params, others = PARAMS, PARAMS
-    state = other_state = tx.init(PARAMS)
-    for x in ROWS:
-        params, state = update(tx, full, params, state, x)
-        others, other_state = update(tx, subspace, others, other_state, x)
-    for a, b, start in zip(*map(jax.tree.leaves, (params, others, PARAMS)), strict=True):
-        moved = np.max(np.abs(np.asarray(a) - start))
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * moved + 1e-7)
+def test_layer_by_layer(name, place):
+    as_with_full_gradients(name, place, "layerwise")
 
 
 @pytest.mark.slow
@@ -245,10 +279,21 @@ def test_links_that_keep_layers_apart_are_taken(tx):
     check_layers_alike(tx, PARAMS, [0, 1], PATHS)
 
 
-def test_an_optimizer_that_takes_no_small_twin_is_not_checked():
-    """In a twin of more layers than the rank, stacked vectors are a matrix."""
+def test_stacked_vectors_are_no_matrix_of_the_twin_either():
+    """They would be one in a twin of more layers than the rank."""
     options = OPTIONS | dict(rank=5, exclude=None)
     check_layers_alike(galore_jax.galore_adamw8bit(1e-2, **options), PARAMS, [0, 1], PATHS)
+
+
+def test_an_optimizer_that_takes_no_small_model_is_a_warning():
+    def update(updates, state, params=None):
+        assert updates["blocks"]["up"].shape[-1] == H, "wants the real width"
+        norm = optax.tree.norm(updates["blocks"])
+        return jax.tree.map(lambda x: x / norm, updates), state
+
+    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    with pytest.warns(UserWarning, match="could not try .* small sizes .wants the real width"):
+        check_layers_alike(tx, PARAMS, [0, 1], PATHS)
 
 
 def test_means_over_stacked_vectors_are_a_warning():

@@ -21,6 +21,7 @@ from galore_jax.matrix.trees import owners
 from galore_jax.rows import apart, mixing
 from galore_jax.warn import warn
 
+# Of a twin at most; all its other sizes are larger.
 _LAYERS, _STEPS = 7, 2
 # Relative to the largest change of a layer; rounding is far below.
 _TOLERANCE = 1e-3
@@ -31,6 +32,8 @@ def check_layers_alike(
 ) -> None:
     """Raise where the update of a layer depends on the others of its stack; warn for vectors.
 
+    And where the optimizer takes no model as small as the twin.
+
     Args:
         tx: the optimizer.
         params: the parameters, a tree of arrays.
@@ -39,7 +42,15 @@ def check_layers_alike(
     """
     leaves, treedef = jax.tree.flatten(params)
     shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
-    name, mixed = _unlike(tx, treedef, shapes, tuple(stacked))
+    try:
+        name, mixed = _unlike(tx, treedef, shapes, tuple(stacked))
+    except _UnfitError as unfit:
+        warn(
+            "value_and_update: could not try whether the optimizer treats layers separately, since "
+            f"it takes no model of small sizes ({unfit}). Compare its first steps with those of "
+            "galore_jax.value_and_grad"
+        )
+        return
     if not mixed:
         return
     # Vectors last: whether a matrix is a stack of vectors nobody can know but the model, so of
@@ -58,34 +69,46 @@ def check_layers_alike(
     )
 
 
+class _UnfitError(Exception):
+    """What an optimizer raises for a twin."""
+
+
+def _fit(call, *args, **kwargs):
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:  # whatever an optimizer may raise
+        raise _UnfitError(error) from error
+
+
 @functools.lru_cache(maxsize=16)
 def _unlike(tx, treedef, shapes, stacked: tuple[int, ...]) -> tuple[str | None, frozenset[int]]:
-    """Who mixes layers, and of which leaves; nobody where the optimizer takes no small twin."""
+    """Who mixes layers, and of which leaves."""
+    # No more than there are: whether a stack of vectors is a matrix may follow from their number.
+    layers = min([_LAYERS, *(shapes[i][0][0] for i in stacked)])
+    if layers < 2:
+        return None, frozenset()
     sizes = sorted({n for i, (shape, _) in enumerate(shapes) for n in shape[i in stacked :]})
     small = {n: 8 + 3 * k for k, n in enumerate(sizes)}
     rng = np.random.default_rng(0)
 
     def twin(i):
         shape, dtype = shapes[i]
-        layers = (_LAYERS,) * (i in stacked)
-        x = rng.standard_normal((*layers, *(small[n] for n in shape[len(layers) :])))
+        stack = (layers,) * (i in stacked)
+        x = rng.standard_normal((*stack, *(small[n] for n in shape[len(stack) :])))
         # Layers of different sizes, so that what clips does so in some.
-        by_layer = 10.0 ** np.linspace(-3, 2, _LAYERS) if layers else 1.0
+        by_layer = 10.0 ** np.linspace(-3, 2, layers) if stack else 1.0
         return jnp.asarray(x * np.reshape(by_layer, (-1, *[1] * (x.ndim - 1))), dtype)
 
     with jax.ensure_compile_time_eval(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weights = [twin(i) + 1 for i in range(len(shapes))]
         grads = [[twin(i) for i in stacked] for _ in range(_STEPS)]
-        try:
-            return _compare(tx, treedef, weights, grads, stacked)
-        except Exception:  # of what does not fit so small a model
-            return None, frozenset()
+        return _compare(tx, treedef, weights, grads, stacked, layers)
 
 
-def _compare(tx, treedef, weights, grads, stacked):
+def _compare(tx, treedef, weights, grads, stacked, layers):
     params = treedef.unflatten(weights)
-    state, state_def = jax.tree.flatten(jax.eval_shape(tx.init, params))
+    state, state_def = jax.tree.flatten(_fit(jax.eval_shape, tx.init, params))
     owner = owners(tx.init, state_def.unflatten(state), params)
 
     def update(grads, weights, state, layer):
@@ -101,7 +124,7 @@ def _compare(tx, treedef, weights, grads, stacked):
         ]
         call = Call(refresh=False, layer=layer)
         given = tree(grads), state_def.unflatten(kept), tree(weights)
-        updates, new = update_with(tx, call, *given, value=jnp.zeros([]))
+        updates, new = _fit(update_with, tx, call, *given, value=jnp.zeros([]))
         picked = treedef.flatten_up_to(updates)
         new = state_def.flatten_up_to(new)
         kept = [
@@ -109,26 +132,26 @@ def _compare(tx, treedef, weights, grads, stacked):
         ]
         return [picked[i] for i in stacked], kept
 
-    def one(values, layer, rows):
-        return [x[layer : layer + 1] if row else x for x, row in zip(values, rows, strict=True)]
+    def one(values, k, rows):
+        return [x[k : k + 1] if row else x for x, row in zip(values, rows, strict=True)]
 
     w, mixed = [weights[i] for i in stacked], set()
     traced = jax.make_jaxpr(update)(grads[0], w, state, jnp.int32(0))
-    if apart(traced, _LAYERS):
+    if apart(traced, layers):
         return None, frozenset()
     step, flat = jax.jit(update), jax.tree.leaves(tx.init(params))
     rows = [i in stacked for i in owner]
-    whole, layers = flat, [one(flat, k, rows) for k in range(_LAYERS)]
+    whole, alone = flat, [one(flat, k, rows) for k in range(layers)]
     for g in grads:
         wanted, whole = step(g, w, whole, jnp.int32(0))
         found = []
-        for k in range(_LAYERS):
+        for k in range(layers):
             slices = one(g, k, [True] * len(g)), one(w, k, [True] * len(g))
-            out, layers[k] = step(*slices, layers[k], jnp.int32(k))
+            out, alone[k] = step(*slices, alone[k], jnp.int32(k))
             found.append(out)
         for i, a, b in zip(stacked, wanted, zip(*found, strict=True), strict=True):
             axes = tuple(range(1, a.ndim))
             error = np.max(np.abs(a - np.concatenate(b)), axis=axes)
             if np.any(error > _TOLERANCE * np.max(np.abs(a), axis=axes) + 1e-30):
                 mixed.add(i)
-    return mixing(traced, _LAYERS) if mixed else None, frozenset(mixed)
+    return mixing(traced, layers) if mixed else None, frozenset(mixed)
