@@ -21,6 +21,7 @@ from galore_jax.optimizers.fira import fira, scale_by_fira
 from galore_jax.optimizers.ldadam import ldadam, scale_by_ldadam
 from galore_jax.optimizers.muon import galore_muon
 from galore_jax.rounding import apply_updates
+from galore_jax.sharding import state_sharding
 from galore_jax.state import GaLoreState
 from galore_jax.subspace.gradients import value_and_grad
 from galore_jax.subspace.matmul import dot_general, promote_dtype
@@ -69,5 +70,6 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "value_and_update",
     # Tools
     "last_two_axes",
+    "state_sharding",
     "summary",
 ]

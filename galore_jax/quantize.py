@@ -18,8 +18,7 @@ int8             int8  256    scale * code
 int4             uint8 16     scale * code, two codes a byte
 ================ ===== ====== =====================================================
 
-Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
-https://arxiv.org/abs/2110.02861.
+Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
 """
 
 from __future__ import annotations
@@ -79,10 +78,9 @@ def encode(x: jax.Array, fmt: Format) -> Encoded:
     .. math::
         s = \max |x|, \quad c = \arg\min_k |x / s - t_k|
 
-    with t bitsandbytes' map (either neighbour for numbers within 1e-6 of themselves from the
-    middle between two levels). A linear format of b bits
-    puts the number largest in magnitude on the lowest level, which one more level than on
-    the other side is open to, and then fits the scale, which may be negative:
+    with t bitsandbytes' map (either neighbour for numbers within 1e-6 of themselves from the middle
+    between two levels). A linear format of b bits puts the number largest in magnitude on the
+    lowest level, which the other side has none for, and then fits the scale, which may be negative:
 
     .. math::
         c = \mathrm{clip}(\mathrm{round}(-2^{b-1} x / x_{max}), -2^{b-1}, 2^{b-1} - 1), \quad
@@ -124,7 +122,7 @@ def encode(x: jax.Array, fmt: Format) -> Encoded:
 @functools.partial(jax.jit, static_argnames=("fmt",))
 def encode_finite(x: jax.Array, fmt: Format) -> Encoded:
     """Do the work of `encode` on float32 numbers that are known to be finite."""
-    axis = _layout(x.shape).axis
+    axis = layout(x.shape).axis
     encoder = _encode_dynamic if fmt.dynamic else _encode_linear
     codes, scales = encoder(_blocks(x), fmt, axis)
     codes, scales = _unblocks(codes, x.shape), jnp.squeeze(scales, axis)
@@ -165,7 +163,7 @@ def decode(
         values = table.at[blocks.astype(jnp.int32)].get(mode="promise_in_bounds")
     else:
         values = blocks.astype(jnp.float32)
-    x = _unblocks(values * jnp.expand_dims(scales, _layout(shape).axis), shape)
+    x = _unblocks(values * jnp.expand_dims(scales, layout(shape).axis), shape)
     return x.astype(jnp.float32 if dtype is None else dtype)
 
 
@@ -187,7 +185,7 @@ def spec(shape: tuple[int, ...], fmt: Format) -> Encoded:
     """
     stored = (*shape[:-1], -(-math.prod(shape[-1:]) // 2)) if fmt.bits == 4 else shape
     blocks = list(shape or (1,))
-    blocks[_layout(shape).axis] = _layout(shape).count
+    blocks[layout(shape).axis] = layout(shape).count
     return Encoded(
         jax.ShapeDtypeStruct(stored, fmt.dtype), jax.ShapeDtypeStruct(tuple(blocks), np.float32)
     )
@@ -290,8 +288,7 @@ def _encode_linear(blocks: jax.Array, fmt: Format, axis: int) -> tuple[jax.Array
 
 
 def _extremes(blocks: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    # On a CPU these two take half the time of one maximum of magnitudes, which is no plain
-    # reduction there.
+    # Half the time of one maximum of magnitudes, which is no plain reduction on a CPU.
     return jnp.max(blocks, axis, keepdims=True), jnp.min(blocks, axis, keepdims=True)
 
 
@@ -301,22 +298,25 @@ def _normalise(blocks: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Arra
     return jnp.where(usable, scale, 0), blocks * jnp.where(usable, 1 / scale, 0)
 
 
-class _Layout(NamedTuple):
-    axis: int  # -1 or -2: of the blocks in an array, and of the numbers in an array of blocks
+class Layout(NamedTuple):
+    """Blocks of an array: along axis -1 or -2, that of the numbers in an array of blocks."""
+
+    axis: int
     count: int
-    length: int  # of each block, the last one padded with zeros
+    length: int  # of each, the last one padded with zeros
 
 
-def _layout(shape: tuple[int, ...]) -> _Layout:
+def layout(shape: tuple[int, ...]) -> Layout:
+    """How an array of this shape is cut into blocks."""
     axis = -2 if len(shape) > 1 and shape[-2] > shape[-1] else -1
     size = max(shape[axis], 1) if shape else 1
     count = -(-size // BLOCK)
-    return _Layout(axis, count, -(-size // count))
+    return Layout(axis, count, -(-size // count))
 
 
 def _blocks(x: jax.Array) -> jax.Array:
     """Cut the axis of the blocks into two: the blocks, and the numbers of each."""
-    axis, count, length = _layout(x.shape)
+    axis, count, length = layout(x.shape)
     x = jnp.atleast_1d(x)
     at = x.ndim + axis
     if missing := count * length - x.shape[at]:
@@ -326,7 +326,7 @@ def _blocks(x: jax.Array) -> jax.Array:
 
 def _unblocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undo `_blocks`."""
-    axis, count, length = _layout(shape)
+    axis, count, length = layout(shape)
     padded = list(shape or (1,))
     padded[axis] = count * length
     x = blocks.reshape(padded)
