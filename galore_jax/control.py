@@ -1,8 +1,8 @@
-"""Conditionals and loops of the library: also called eagerly, and under `shard_map`."""
+"""What depends on where a function is traced: not at all, under `shard_map`, on a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ def cond(which: jax.Array | bool, true: Callable[[], Any], false: Callable[[], A
     """
     if not isinstance(which, jax.core.Tracer):
         return true() if which else false()
-    if not _manual():
+    if not manual_axes():
         return jax.lax.cond(which, true, false)
     types = jax.eval_shape(true), jax.eval_shape(false)
     axes = jax.tree.map(lambda *x: frozenset().union(*map(_varies, x)), *types)
@@ -34,15 +34,49 @@ def alike(tree: Any) -> Any:
 
     What a loop carries: it becomes so in the first turn.
     """
-    if not _manual():
+    if not manual_axes():
         return tree
     axes = frozenset().union(*map(_varies, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: _varying(x, axes), tree)
 
 
-def _manual() -> bool:
-    """Whether a `shard_map` is being traced."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+def manual_axes() -> tuple[Any, ...]:
+    """The mesh axes of the `shard_map` that is being traced."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def names_of(axis_name: str | Iterable[str] | None, asked_by: str, needed: bool) -> tuple[str, ...]:
+    """The mapped axes to average over.
+
+    Args:
+        axis_name: as a caller gave it.
+        asked_by: the function that it was given to.
+        needed: whether devices would go ways of their own without it.
+
+    Raises:
+        ValueError: under a `shard_map`, where it is needed and not given.
+    """
+    if axis_name is None:
+        if needed and (axes := manual_axes()):
+            name = repr(axes[0]) if len(axes) == 1 else repr(axes)
+            raise ValueError(
+                f"{asked_by}: under a shard_map over {axes} each device would go by its own part "
+                f"of the batch. Pass axis_name={name}, and "
+                "gradients are averaged over it; or axis_name=(), where each device trains a "
+                "model of its own"
+            )
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def mean_over(tree: Any, names: tuple[str, ...]) -> Any:
+    """The means over mapped axes of all arrays."""
+    return jax.lax.pmean(tree, names) if names else tree
+
+
+def each_its_own(tree: Any, names: tuple[str, ...]) -> Any:
+    """The same arrays, as varying over these axes: JAX would sum gradients of what does not."""
+    return jax.tree.map(lambda x: _varying(x, frozenset(names)), tree) if names else tree
 
 
 def _varies(x: Any) -> frozenset[str]:
@@ -60,3 +94,16 @@ def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, missing, to="varying")
     return lax.pvary(x, missing)  # of older JAX
+
+
+def auto_mesh(arrays: Any) -> Any:
+    """The mesh of several devices that work is to be shared over, None where there is none.
+
+    That of `jax.set_mesh`, or else of the arrays. Its axes are Auto: XLA places what is computed.
+    """
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+    if mesh is None or mesh.size == 1 or set(mesh.auto_axes) != set(mesh.axis_names):
+        return None
+    return mesh

@@ -7,7 +7,7 @@ stacked weights and optimizer state in place, in the reverse loop over layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.compiler import in_one_piece
+from galore_jax.control import each_its_own, mean_over, names_of
 from galore_jax.layers.alike import check_layers_alike
 from galore_jax.layers.model import split
 from galore_jax.layers.optimizer import in_parts
@@ -30,7 +31,7 @@ def value_and_update(
     has_aux: bool = False,
     clip_norm: float | None = None,
     refresh: bool = True,
-    reduce: Callable[[Any], Any] | None = None,
+    axis_name: str | Sequence[str] | None = None,
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """One training step that never holds more than one layer's gradient.
 
@@ -62,9 +63,9 @@ def value_and_update(
             done, so the backward pass runs twice.
         refresh: whether projectors may be refreshed; False compiles a plain step, for the steps
             between 0, T, 2T, ...
-        reduce: applied to each gradient before it is used, a tree of arrays: under `shard_map` or
-            `pmap` over parts of a batch, `lambda grads: jax.lax.pmean(grads, "data")`. Without
-            it each device would update its weights by its own part. The loss is not reduced.
+        axis_name: under a `shard_map` the mapped axis, or axes, over which devices share a batch:
+            the loss and each gradient, before it is used, are averaged over it. () where each
+            device trains a model of its own.
 
     Returns:
         `f(params, opt_state, *args, rounding_key=None, **kwargs) -> (loss, params, opt_state)`,
@@ -73,7 +74,8 @@ def value_and_update(
 
     Raises:
         ValueError: when called, for a loss without a `layerwise` or with several, for one whose
-            parameters are not slices of `params`, and for an optimizer that mixes leaves.
+            parameters are not slices of `params`, for an optimizer that mixes leaves, and under a
+            `shard_map` without `axis_name`.
 
     Example:
         >>> import jax, jax.numpy as jnp, galore_jax
@@ -98,11 +100,13 @@ def value_and_update(
     """
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive or None, got {clip_norm!r}")
-    reduced = reduce or (lambda grads: grads)
 
     @functools.wraps(loss_fn)
     def value_and_updated(params, opt_state, *args, rounding_key=None, **kwargs):
-        model = split(lambda p: loss_fn(p, *args, **kwargs), params, has_aux)
+        names = names_of(axis_name, "galore_jax.value_and_update", needed=True)
+        reduced = functools.partial(mean_over, names=names)
+        own = functools.partial(each_its_own, names=names)
+        model = split(lambda p: loss_fn(p, *args, **kwargs), own(params), has_aux)
         try:
             optimizer = in_parts(tx, params, opt_state, refresh, rounding_key)
         except Exception as error:  # whatever a link raises for what it does not expect
@@ -112,19 +116,22 @@ def value_and_update(
                 f"value_and_update: '{name}' takes no part of the parameters alone ({error}). "
                 "Use another link, or galore_jax.value_and_grad"
             ) from error
-        check_layers_alike(tx, bare(params), model.stacked, optimizer.paths)
         # By position: in the parameters' leaves, in the state's.
         weights = dict(enumerate(jax.tree.leaves(params)))
         state = dict(enumerate(jax.tree.leaves(opt_state)))
         rest = {i: weights[i] for i in model.rest}
         stack = {i: weights[i] for i in model.stacked}
         layers = jnp.shape(weights[model.stacked[0]])[0]
+        owned = optimizer.of(stack, state)
+        optimizer.check_rows(owned, layers)
+        check_layers_alike(tx, bare(params), model.stacked, optimizer.paths)
 
         # Forward, keeping the blocks' inputs.
-        x, before_vjp = jax.vjp(model.before, rest)
+        x, before_vjp = jax.vjp(model.before, own(rest))
         block = model.block()
-        x, inputs = jax.lax.scan(lambda x, p: (block(p, x), x), x, stack)
-        loss, after_vjp, aux = jax.vjp(model.after, rest, x, has_aux=True)
+        x, inputs = jax.lax.scan(lambda x, p: (block(p, x), x), x, own(stack))
+        loss, after_vjp, aux = jax.vjp(model.after, own(rest), x, has_aux=True)
+        loss, seed = reduced(loss), jnp.ones_like(loss)
 
         def reverse(dx, stack, carry, visit):
             """From the last layer to the first, with the gradient of each."""
@@ -133,13 +140,13 @@ def value_and_update(
                 dx, stack, carry = state
                 i = layers - 1 - k
                 p, x = jax.tree.map(lambda a: _row(a, i), (stack, inputs))
-                dp, dx = jax.vjp(block, p, x)[1](dx)
+                dp, dx = jax.vjp(block, own(p), x)[1](dx)
                 return visit(i, dp, dx, stack, carry)
 
             return jax.lax.fori_loop(0, layers, body, (dx, stack, carry))
 
         def gradient_norm():
-            d_after, dx = after_vjp(jnp.ones_like(loss))
+            d_after, dx = after_vjp(seed)
 
             def visit(i, dp, dx, stack, squares):
                 return dx, stack, squares + _sum_of_squares(reduced(dp))
@@ -149,11 +156,11 @@ def value_and_update(
             return jnp.sqrt(squares + _sum_of_squares(reduced(d_rest)))
 
         # The backward pass is linear in its seed.
-        seed = jnp.ones_like(loss)
+        factor = jnp.ones([], loss.dtype)
         if clip_norm is not None:
             norm = gradient_norm()
-            seed = jnp.where(norm < clip_norm, 1, clip_norm / norm).astype(loss.dtype)
-        d_after, dx = after_vjp(seed)
+            factor = jnp.where(norm < clip_norm, 1, clip_norm / norm).astype(loss.dtype)
+        d_after, dx = after_vjp(factor * seed)
 
         # The output head, before the layers: its gradient need not outlive them.
         first = reduced({i: d_after[i] for i in model.rest if i not in model.used_before})
@@ -177,8 +184,6 @@ def value_and_update(
 
         # State that a step leaves alone, as projectors without a refresh, stays out of the loop:
         # carried, it would be copied.
-        owned = optimizer.of(stack, state)
-        optimizer.check_rows(owned, layers)
         same = optimizer.unchanged(*jax.tree.map(lambda a: a[:1], (stack, owned)))
         fixed = {j: owned.pop(j) for j in same}
         dx, *done_layers = reverse(dx, stack, owned, visit)

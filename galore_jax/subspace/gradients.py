@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +13,15 @@ import optax
 
 from galore_jax import checks, dependence
 from galore_jax.call import Call
+from galore_jax.control import each_its_own, mean_over, names_of
 from galore_jax.matrix.trees import bare, path_string
-from galore_jax.precision import wide_dtype
-from galore_jax.projector.gradient import ProjectedGradient, pack, received, unpack
+from galore_jax.projector.gradient import ProjectedGradient, pack
 from galore_jax.projector.schedule import layer_numbers, made_at, per_view, schedule
 from galore_jax.projector.storage import Stored, from_tree
 from galore_jax.state import Told, ask, in_multi_steps
 from galore_jax.subspace.kernel import Kernel, Rule, Slots, Tapped, Turn
 from galore_jax.subspace.links import check_links
+from galore_jax.subspace.microbatches import accumulate, cut, is_key
 
 
 def value_and_grad(
@@ -31,6 +31,8 @@ def value_and_grad(
     has_aux: bool = False,
     microbatches: int = 1,
     refresh: bool = True,
+    axis_name: str | Sequence[str] | None = None,
+    norm: str = "exact",
 ) -> Callable[..., tuple[Any, Any]]:
     r"""Like `jax.value_and_grad`, with the gradients already projected by `tx`.
 
@@ -66,8 +68,8 @@ def value_and_grad(
       parameters, would treat factors, and is refused by name; so are `optax.MultiSteps` and
       `optax.apply_if_finite` around it, which have to be inside. Labels and masks around it are
       trees, not callables.
-    - Gradients that several processes average by hand (`shard_map`, `pmap`) are projected
-      alike only between refreshes; on one, where bases differ, the update is NaN.
+    - Gradients that are averaged by hand are projected alike only between refreshes; on one,
+      where bases differ, the update is NaN. Under `shard_map` there is `axis_name`.
 
     Args:
         loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`.
@@ -84,6 +86,14 @@ def value_and_grad(
         refresh: whether matrices that are due may refresh. False compiles a plain step, smaller
             and in less memory, for the steps between 0, T, 2T, ...; a turn that comes in one
             (with `stagger` at any step) is made up for at the next step that may refresh.
+        axis_name: under a `shard_map` the mapped axis, or axes, over which devices share a batch:
+            loss and gradients are averaged over it, those of projected kernels in the subspace.
+            `aux` is each device's own. () where each device trains a model of its own.
+        norm: `exact`, the norm of the full gradient, or `subspace`, of what is left of it. On one
+            device the exact one costs nothing where nobody asks for it, and little where
+            `clip_by_global_norm` does. Over several it takes the sum of the full gradients, as
+            much to send as data parallelism without projection; `subspace` takes none of that,
+            and clips later: what it measures is below the norm of the gradient.
 
     Returns:
         `f(params, opt_state, *args, **kwargs) -> (loss, grads)`, ((loss, aux), grads) with
@@ -118,15 +128,18 @@ def value_and_grad(
     """
     if not isinstance(microbatches, int) or microbatches < 1:
         raise ValueError(f"microbatches must be an int >= 1, got {microbatches!r}")
+    if norm not in ("exact", "subspace"):
+        raise ValueError(f"norm must be 'exact' or 'subspace', got {norm!r}")
 
     @functools.wraps(loss_fn)
     def value_and_projected_grad(params, opt_state, *args, **kwargs):
-        leaves, treedef = jax.tree.flatten(params)
-        taps = _taps(tx, params, opt_state, refresh)
+        names = names_of(axis_name, "galore_jax.value_and_grad", needed=refresh)
+        leaves, treedef = jax.tree.flatten(each_its_own(params, names))
+        taps = _taps(tx, params, opt_state, refresh, names, norm == "exact")
         gradients = {tap.rule.view.path: _gradient_shape(tap) for tap in taps.values()}
         check_links(tx, bare(params), opt_state, gradients)
         named, kwargs_def = jax.tree.flatten(kwargs, is_leaf=_is_no_container)
-        keys = {i: x for i, x in enumerate(named) if _is_key(x)}
+        keys = {i: x for i, x in enumerate(named) if is_key(x)}
 
         def tapped_loss(differentiable, projectors, turns, given):
             flat = list(differentiable)
@@ -154,10 +167,14 @@ def value_and_grad(
                 _check_each_used_once(taps, tapped_loss, at, projectors, turns, given)
             gradient = jax.value_and_grad(tapped_loss, has_aux=has_aux)
             value, grads = gradient(at, projectors, turns, given)
-            return value, [_projected(g, taps[i]) if i in taps else g for i, g in enumerate(grads)]
+            value = (mean_over(value[0], names), value[1]) if has_aux else mean_over(value, names)
+            return value, [
+                _projected(g, taps[i]) if i in taps else mean_over(g, names)
+                for i, g in enumerate(grads)
+            ]
 
         if microbatches > 1:
-            value, grads = _accumulate(part, taps, _cut((args, keys), microbatches), has_aux)
+            value, grads = accumulate(part, taps, cut((args, keys), microbatches), has_aux)
         else:
             projectors = {i: tap.projector for i, tap in taps.items()}
             turns = {i: tap.turn for i, tap in taps.items()}
@@ -175,7 +192,7 @@ class _Tap(NamedTuple):
     turn: Turn | None
 
 
-def _taps(tx, params, opt_state, refresh: bool) -> dict[int, _Tap]:
+def _taps(tx, params, opt_state, refresh: bool, *rule) -> dict[int, _Tap]:
     """What `tx` would do at this step with each leaf that it projects, by position."""
     positions = {
         path_string(path): i
@@ -199,7 +216,7 @@ def _taps(tx, params, opt_state, refresh: bool) -> dict[int, _Tap]:
         for view, p, due, layer, step in rows:
             if view.batch_leads:
                 turn = Turn(due, layer, step) if refresh else None
-                taps[positions[view.path]] = _Tap(Rule(view, answer.methods), p, turn)
+                taps[positions[view.path]] = _Tap(Rule(view, answer.methods, *rule), p, turn)
     return taps
 
 
@@ -268,83 +285,5 @@ def _check_each_used_once(taps: dict[int, _Tap], loss: Any, at: list[Any], *args
             )
 
 
-def _is_key(x: Any) -> bool:
-    """Whether an argument is a random key (of `jax.random.key`)."""
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _is_no_container(x: Any) -> bool:
     return not isinstance(x, dict | list | tuple)
-
-
-def _cut(given: tuple[Any, dict[int, jax.Array]], parts: int) -> Any:
-    """Part i of every array: rows i, i + k, i + 2k, ...; of a random key, one folded with i."""
-    args, keys = given
-    if all(map(_is_key, jax.tree.leaves(args))):
-        raise ValueError(
-            f"microbatches={parts}: there is no batch among the positional arguments to cut; what "
-            "goes by keyword is given whole to each part"
-        )
-
-    def folded(key):
-        fold_in = jax.random.fold_in
-        for _ in key.shape:
-            fold_in = jax.vmap(fold_in, (0, None))
-        return jax.vmap(fold_in, (None, 0))(key, jnp.arange(parts))
-
-    def cut(path, x):
-        if _is_key(x):
-            return folded(x)
-        rows, name = jnp.shape(x)[:1], path_string(path)
-        if jnp.result_type(x) == jnp.uint32 and jnp.shape(x) == (2,):
-            raise ValueError(
-                f"microbatches={parts}: argument {name} looks like a random key of the old kind, "
-                "whose two numbers are no batch. Make it by jax.random.key, and each part gets a "
-                "key of its own, or give it by keyword, and all parts get the same"
-            )
-        if not rows or rows[0] % parts:
-            raise ValueError(
-                f"microbatches={parts} does not divide the rows of argument "
-                f"{name} of shape {jnp.shape(x)}; what is no batch goes by keyword"
-            )
-        return jnp.stack([x[i::parts] for i in range(parts)])
-
-    return jax.tree_util.tree_map_with_path(cut, args), jax.tree.map(folded, keys)
-
-
-def _accumulate(part, taps: dict[int, _Tap], args, has_aux) -> tuple[Any, list[Any]]:
-    """Means over microbatches, all projected as the first one was."""
-    count = jax.tree.leaves(args)[0].shape[0]
-
-    def unpacked(bases, turns, args):
-        """Loss and gradients to sum up, auxiliary output, and the projectors in use."""
-        value, grads = part({i: p for i, (p, _) in bases.items()}, turns, args)
-        loss, aux = value if has_aux else (value, None)
-        for i, (p, renewed) in bases.items():
-            if grads[i].basis is not None:
-                p, now = unpack(taps[i].rule.view, received(grads[i]).basis, p)
-                bases = bases | {i: (p, renewed | now)}
-                grads[i] = dataclasses.replace(grads[i], basis=None)
-        return (loss, grads), aux, bases
-
-    def add(carry, x):
-        total, bases = carry
-        first, args = x
-        turns = {
-            i: None if tap.turn is None else tap.turn._replace(due=tap.turn.due & first)
-            for i, tap in taps.items()
-        }
-        new, aux, bases = unpacked(bases, turns, args)
-        total = jax.tree.map(lambda t, x: t + x.astype(t.dtype) / count, total, new)
-        return (total, bases), aux
-
-    start = {i: (tap.projector, jnp.zeros(tap.rule.view.batch, bool)) for i, tap in taps.items()}
-    turns = {i: tap.turn for i, tap in taps.items()}
-    shapes = jax.eval_shape(unpacked, start, turns, jax.tree.map(lambda x: x[0], args))[0]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x)), shapes)
-    (total, bases), aux = jax.lax.scan(add, (zeros, start), (jnp.arange(count) == 0, args))
-    loss, grads = total
-    for i, (p, renewed) in bases.items():
-        if taps[i].turn is not None:
-            grads[i] = dataclasses.replace(grads[i], basis=pack(taps[i].rule.view, p, renewed))
-    return (loss, aux) if has_aux else loss, grads

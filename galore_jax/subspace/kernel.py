@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.control import cond
+from galore_jax.control import cond, mean_over
 from galore_jax.matrix.view import MatrixView
 from galore_jax.projector.basis import Methods
 from galore_jax.projector.gradient import Basis, pack
@@ -49,6 +49,12 @@ class Rule:
 
     view: MatrixView  # of the whole stack
     methods: Methods
+    axis_name: tuple[str, ...] = ()  # the mapped axes that gradients are averaged over
+    exact_norm: bool = True  # whether the norm of the full gradient is wanted
+
+    def mean(self, x: jax.Array) -> jax.Array:
+        """The mean over devices that share a batch."""
+        return mean_over(x, self.axis_name)
 
     def at(self, ndim: int) -> MatrixView:
         """The view of a kernel of `ndim` axes, below the scans around it."""
@@ -198,18 +204,29 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 
 def cotangents(rule: Rule, stored: Stored, turn, gradient, project, square) -> Slots:
-    """What a tap hands back for one matrix, given ways to get at its gradient."""
-    if turn is None:
-        return Slots(project(stored), square(), None)
+    """What a tap hands back for one matrix, given ways to get at its gradient.
+
+    Averaged after projection: between refreshes no full gradient goes from device to device, but
+    for an exact norm.
+    """
     view = rule.view.matrix
-    new, renewed = cond(
-        turn.due,
-        lambda: renew(
-            view, gradient(), stored, (seed_of(rule.view), turn.step, turn.layer), rule.methods
-        ),
-        lambda: (stored, jnp.zeros([], bool)),
-    )
-    return Slots(project(new), square(), pack(view, new, renewed))
+
+    def squared():
+        if not rule.exact_norm:
+            return jnp.zeros([], view.dtype)
+        if not rule.axis_name:
+            return square()
+        return jnp.sum(jnp.square(rule.mean(gradient()).astype(view.dtype)))
+
+    if turn is None:
+        return Slots(rule.mean(project(stored)), squared(), None)
+
+    def due():
+        seed = seed_of(rule.view), turn.step, turn.layer
+        return renew(view, rule.mean(gradient()), stored, seed, rule.methods)
+
+    new, renewed = cond(turn.due, due, lambda: (stored, jnp.zeros([], bool)))
+    return Slots(rule.mean(project(new)), squared(), pack(view, new, renewed))
 
 
 def as_kernel(slots: Slots) -> Kernel:

@@ -212,7 +212,7 @@ def test_a_loss_that_handles_errors_is_taken_apart_all_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_devices_that_share_a_batch_stay_together(clip):
-    """`reduce` under `shard_map`, in a process with two devices."""
+    """`axis_name` under `shard_map`, in a process with two devices."""
     run_with_devices(
         2,
         f"""
@@ -221,10 +221,9 @@ def test_devices_that_share_a_batch_stay_together(clip):
         from tests.models import OPTIONS, batches, plain
         params, loss_fn = plain()
         tx = galore_jax.galore_adamw(1e-2, method="svd", **OPTIONS)
-        mean = lambda tree: jax.lax.pmean(tree, "data")
         options = dict(clip_norm={clip})
         whole = jax.jit(galore_jax.value_and_update(loss_fn, tx, **options))
-        parts = galore_jax.value_and_update(loss_fn, tx, reduce=mean, **options)
+        parts = galore_jax.value_and_update(loss_fn, tx, axis_name="data", **options)
         mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
         parts = jax.jit(jax.shard_map(
             parts, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P(), P()),
