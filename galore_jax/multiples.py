@@ -280,10 +280,13 @@ def raised_in(error: Exception) -> str | None:
     return _transformation([frame.f_code.co_qualname for frame in frames])
 
 
+_WRAPS = ("chain", "named_chain", "transformation")
+
+
 def _transformation(names: Sequence[str]) -> str | None:
     """Who made the innermost of these that is some `maker.<locals>....update...`, or init."""
     for name in names:
         maker, _, function = name.partition(".<locals>.")
-        if ("update" in function or "init" in function) and maker not in ("chain", "named_chain"):
+        if ("update" in function or "init" in function) and maker not in _WRAPS:
             return maker
     return None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import checks
+from galore_jax.boundary import transformation
 from galore_jax.call import Call
 from galore_jax.chaining import mark
 from galore_jax.inner.decay import reads_params, split_affine
@@ -22,7 +23,7 @@ from galore_jax.inner.moments import check as check_moments
 from galore_jax.inner.residual import init_outside, update_outside
 from galore_jax.matrix.plan import sites, warn_about
 from galore_jax.matrix.trees import Sites, bare
-from galore_jax.precision import compiled_if_narrow, wide
+from galore_jax.precision import wide
 from galore_jax.projector.gradient import is_projected, received
 from galore_jax.projector.lazy import next_turns
 from galore_jax.projector.project import low_rank
@@ -184,9 +185,7 @@ def _around(
         return jax.tree.unflatten(treedef, out), state
 
     inner = optax.with_extra_args_support(inner)
-    return optax.GradientTransformationExtraArgs(
-        compiled_if_narrow(init_fn), compiled_if_narrow(update_fn)
-    )
+    return transformation(init_fn, update_fn)
 
 
 def _init(settings: Settings, inner: optax.GradientTransformation, params: Any) -> GaLoreState:
@@ -241,7 +240,8 @@ def _update(settings: Settings, inner, updates, state, params, call: Call, extra
     turns = where.pick(state.turns_between) if settings.lazy else None
     gap, stagger = settings.update_proj_gap, settings.stagger
     when = schedule(views, count, last, turns, gap, stagger, call)
-    now = refresh(views, sources, old, last, when, settings.methods)
+    few = settings.stagger or settings.lazy
+    now = refresh(views, sources, old, last, when, settings.methods, few)
 
     # Project. The inner optimizer meets zeros in the place of projected weights.
     projected = [low_rank(*x) for x in zip(views, now.stored, grads, strict=True)]

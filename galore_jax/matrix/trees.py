@@ -21,21 +21,29 @@ def path_string(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def bare(tree: Any) -> Any:
-    """Take arrays out of the variables of Flax NNX.
+def is_boxed(x: Any) -> bool:
+    """Whether a node is a variable of Flax NNX, or an array in a box of Linen, with metadata.
 
-    `nnx.Optimizer` calls `init` with variables and `update` with bare arrays; the state
-    must not depend on which. A variable is known by its methods, so that the library need
-    not import Flax; before 0.12 it had a `raw_value` and no `get_value`.
+    Known by its methods, so that the library need not import Flax; before 0.12 a variable had a
+    `raw_value` and no `get_value`.
+    """
+    variable = hasattr(x, "get_metadata") and (hasattr(x, "get_value") or hasattr(x, "raw_value"))
+    return variable or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
+
+
+def bare(tree: Any) -> Any:
+    """Take arrays out of the variables of Flax NNX and the boxes of Linen.
+
+    `nnx.Optimizer` calls `init` with variables and `update` with bare arrays; the state must not
+    depend on which, nor a leaf's path on whether it is in a box.
     """
 
-    def is_variable(x):
-        return hasattr(x, "get_metadata") and (hasattr(x, "get_value") or hasattr(x, "raw_value"))
-
     def value(x):
+        if hasattr(x, "unbox"):
+            return x.unbox()
         return x.get_value() if hasattr(x, "get_value") else x.raw_value
 
-    return jax.tree.map(lambda x: value(x) if is_variable(x) else x, tree, is_leaf=is_variable)
+    return jax.tree.map(lambda x: value(x) if is_boxed(x) else x, tree, is_leaf=is_boxed)
 
 
 class Sites(NamedTuple):

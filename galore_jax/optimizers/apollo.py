@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import checks
+from galore_jax.boundary import transformation
 from galore_jax.call import Call
 from galore_jax.inner.residual import column_ratio, limit_norm_growth
 from galore_jax.matrix.plan import sites, warn_about
 from galore_jax.matrix.trees import Sites, bare
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.wrap import with_rate
-from galore_jax.precision import compiled_if_narrow, wide
+from galore_jax.precision import wide
 from galore_jax.projector.basis import methods as read_methods
 from galore_jax.projector.project import project
 from galore_jax.projector.refresh import refresh, seed_of
@@ -164,9 +165,7 @@ def scale_by_apollo(
             state = state._replace(projector=trees[0], refreshed=trees[1])
         return out, state
 
-    return optax.GradientTransformationExtraArgs(
-        compiled_if_narrow(init_fn), compiled_if_narrow(update_fn)
-    )
+    return transformation(init_fn, update_fn)
 
 
 @takes(scale_by_apollo)

@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from galore_jax import quantize
+from galore_jax.boundary import transformation
 from galore_jax.compiler import in_one_piece
-from galore_jax.control import alike
+from galore_jax.control import alike, auto_mesh
 from galore_jax.matrix.trees import bare, path_string
 from galore_jax.precision import debias
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, Format
@@ -129,7 +130,7 @@ def scale_by_adam8bit(
         )
         return updates, ScaleByAdam8bitState(count, *moments, *scales)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def scale_by_lion8bit(
@@ -180,7 +181,7 @@ def scale_by_lion8bit(
         )
         return updates, ScaleByLion8bitState(count, *moments, *scales)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 # What both share: a step `(rates, g, *moments) -> (update, *moments)`; moments are a tuple of
@@ -288,7 +289,8 @@ def _quantised(step: Callable, rates, formats, g, moments, scales, dtype, count)
     moments, scales = list(moments), list(scales)
     stacks = range(1, g.ndim - 1)
     loops = max([k for k in stacks if math.prod(g.shape[k:]) >= _LOOP_SIZE], default=0)
-    if not loops:
+    # On a mesh a loop over an axis that is cut would bring along all of it.
+    if not loops or auto_mesh(g) is not None:
         return whole(g, moments, scales)
 
     # In place, the update over the gradient: the carry needs no second buffer where its first

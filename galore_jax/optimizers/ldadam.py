@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import checks
+from galore_jax.boundary import transformation
 from galore_jax.call import Call
 from galore_jax.inner.residual import outside_of
 from galore_jax.matrix.plan import sites
 from galore_jax.matrix.trees import bare
 from galore_jax.optimizers.wrap import with_rate
-from galore_jax.precision import compiled_if_narrow, debias
+from galore_jax.precision import debias
 from galore_jax.projector.project import lift
 from galore_jax.settings import GaLoreOptions, Settings, takes
 from galore_jax.state import Asked
@@ -133,9 +134,7 @@ def scale_by_ldadam(
             out = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), out, updates)
         return out, LDAdamState(galore_state, where.only(error))
 
-    return optax.GradientTransformationExtraArgs(
-        compiled_if_narrow(init_fn), compiled_if_narrow(update_fn)
-    )
+    return transformation(init_fn, update_fn)
 
 
 @takes(scale_by_ldadam)

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import checks
+from galore_jax.boundary import transformation
 from galore_jax.matrix.plan import sites, warn_about
 from galore_jax.matrix.trees import bare
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.wrap import in_float32, with_rate
 from galore_jax.projector.project import contract
+from galore_jax.projector.shares import in_shares
 from galore_jax.settings import GaLoreOptions, Settings, takes
 from galore_jax.transform import galore
 
@@ -139,7 +141,7 @@ def galore_muon(
         out, state = tx.update(bare(updates), state, bare(params), **extra_args)
         return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(out)), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:
@@ -162,13 +164,17 @@ def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:
 def _orthogonalised(settings: Settings) -> optax.GradientTransformation:
     """Muon's step from its momentum: orthogonal matrices, scaled for their shape."""
 
-    def one(view: MatrixView, u: jax.Array) -> jax.Array:
-        new = orthogonalise(view.to_matrix(u).astype(view.dtype))
+    def scaled(view: MatrixView, u: jax.Array, new: jax.Array) -> jax.Array:
         return view.from_matrix(max(1, view.n / view.m) ** 0.5 * new).astype(u.dtype)
 
     def update(updates, params):
         like = updates if params is None else params
         where = sites(settings.plan(like), jax.tree.structure(like))
-        return where.put(map(one, where.views, where.pick(updates)), updates)
+        given = where.pick(updates)
+        matrices = [
+            view.to_matrix(u).astype(view.dtype) for view, u in zip(where.views, given, strict=True)
+        ]
+        new = in_shares(orthogonalise, matrices)
+        return where.put(map(scaled, where.views, given, new), updates)
 
     return optax.stateless(update)

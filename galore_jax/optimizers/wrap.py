@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.precision import compiled_if_narrow, wide
+from galore_jax.boundary import transformation
+from galore_jax.precision import wide
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -24,9 +25,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def init_fn(params):
         return tx.init(jax.tree.map(wide, params))
 
-    return optax.GradientTransformationExtraArgs(
-        compiled_if_narrow(init_fn), compiled_if_narrow(update_fn)
-    )
+    return transformation(init_fn, update_fn)
 
 
 def with_rate(

@@ -124,6 +124,15 @@ METHODS: dict[str, Method] = {
 }
 
 
+# The others draw their bases.
+_BLIND = ("random", "coordinates")
+
+
+def looks_at_gradients(methods: Methods) -> bool:
+    """Whether a basis depends on the gradient, beside its shape."""
+    return any(name not in _BLIND for _, name in methods)
+
+
 def methods(given: str | Mapping[int, str]) -> Methods:
     """Read a method, or methods by the step from which each is used."""
     by_step = given if isinstance(given, Mapping) else {0: given}

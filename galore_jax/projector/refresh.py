@@ -2,7 +2,8 @@
 
 One `lax.cond` around everything decides whether a step refreshes at all, so a plain step
 runs no decomposition. Matrices of one shape, layers of a stacked leaf or leaves of an
-unrolled model, share one loop, so the program holds each decomposition once.
+unrolled model, share one loop, so the program holds each decomposition once. On a mesh of several
+devices each takes its share of them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.compiler import in_one_piece
-from galore_jax.control import cond
+from galore_jax.control import auto_mesh, cond
 from galore_jax.matrix.view import MatrixView
-from galore_jax.projector.basis import Method, Methods, align_signs, at_step
+from galore_jax.projector.basis import Method, Methods, align_signs, at_step, looks_at_gradients
 from galore_jax.projector.gradient import ProjectedGradient, is_projected, unpack
 from galore_jax.projector.schedule import Schedule, cuts, sizes
+from galore_jax.projector.shares import each_its_share, one_by_one
 from galore_jax.projector.storage import Stored, load, storage_of, store
 
 # Leaves of one shape share a loop by stacking their gradients, which is a copy. Up to this
@@ -50,6 +53,7 @@ def refresh(
     last: Sequence[jax.Array],
     when: Schedule,
     methods: Methods,
+    spread: bool = False,
 ) -> Projectors:
     """The projectors that are due, from this step's gradients or as these bring them.
 
@@ -63,6 +67,7 @@ def refresh(
         last: the steps that they were made at, int32 of each view's batch shape.
         when: from `schedule`.
         methods: from `basis.methods`.
+        spread: whether few matrices are due at a step, rather than all at some.
 
     Returns:
         A `Projectors`. A matrix whose gradient is zero or not finite keeps its projector, and so
@@ -79,7 +84,7 @@ def refresh(
     if full and when.any_due is not False:
         some = when.of(views, full)
         picked = ([x[i] for i in full] for x in (views, grads, old, last))
-        made = _recompute(*map(tuple, picked), some, methods)
+        made = _recompute(*map(tuple, picked), some, methods, spread)
         for i, p, step in zip(full, *made, strict=True):
             new[i], refreshed[i] = p, step
         possible = when.any_due
@@ -87,7 +92,7 @@ def refresh(
 
 
 # Under jit, so that without an outer one decompositions are not compiled anew at every refresh.
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _recompute(
     views: tuple[MatrixView, ...],
     grads: Sequence[jax.Array],
@@ -95,6 +100,7 @@ def _recompute(
     last: Sequence[jax.Array],
     when: Schedule,
     methods: Methods,
+    spread: bool,
 ) -> tuple[list[Stored], list[jax.Array]]:
     """The projectors, and the steps that they were made at."""
     groups: dict[tuple, list[list[int]]] = {}
@@ -114,6 +120,7 @@ def _recompute(
                 [old[i] for i in members],
                 when.of(views, members),
                 methods,
+                spread,
             )
             for i, p, step in zip(members, *made, strict=True):
                 new[i], refreshed[i] = p, step
@@ -125,24 +132,16 @@ def _recompute(
     return cond(when.any_due, recompute, keep)
 
 
-def _together(views, grads, old, when: Schedule, methods: Methods):
-    """Refresh matrices of one shape, one after the other in one loop."""
+def _together(views, grads, old, when: Schedule, methods: Methods, spread: bool):
+    """Refresh matrices of one shape: one after the other in one loop, on a mesh in shares."""
     view, size_of = views[0], sizes(views)
-    if len(views) == 1:
+    mesh = auto_mesh(grads)
+    if len(views) == 1 and mesh is None:
         matrix = functools.partial(view.matrix_at, grads[0])
     else:
         flat = [x.to_matrix(g).reshape(-1, x.m, x.n) for x, g in zip(views, grads, strict=True)]
-        matrix = functools.partial(
-            jax.lax.dynamic_index_in_dim, jnp.concatenate(flat), keepdims=False
-        )
-
-    def one(slot):
-        def due():
-            seed = (slot["seed"], slot["step"], slot["layer"])
-            p, done = renew(view.matrix, matrix(slot["at"]), slot["old"], seed, methods)
-            return p, jnp.where(done, when.count, slot["last"])
-
-        return cond(slot["due"], due, lambda: (slot["old"], slot["last"]))
+        matrices = jnp.concatenate(flat)
+        matrix = functools.partial(jax.lax.dynamic_index_in_dim, matrices, keepdims=False)
 
     def in_a_row(view, p):  # an array, or codes and scales
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(view.batch) :]), p)
@@ -157,7 +156,29 @@ def _together(views, grads, old, when: Schedule, methods: Methods):
         "last": when.last,
         "due": when.due,
     }
-    made = jax.lax.map(one, slots)
+
+    def one(slot, gradient, largest=None):
+        def due():
+            seed = (slot["seed"], slot["step"], slot["layer"])
+            p, done = renew(view.matrix, gradient(), slot["old"], seed, methods, largest)
+            return p, jnp.where(done, slot.get("count", when.count), slot["last"])
+
+        return cond(slot["due"], due, lambda: (slot["old"], slot["last"]))
+
+    if mesh is None:
+        made = jax.lax.map(lambda slot: one(slot, lambda: matrix(slot["at"])), slots)
+    else:
+        # Found where the gradients lie, before any is moved.
+        slots["largest"] = jnp.max(jnp.abs(matrices.astype(view.dtype)), axis=(1, 2))
+        slots["count"] = jnp.broadcast_to(when.count, when.due.shape)
+        if looks_at_gradients(methods):
+            slots["gradient"] = matrices
+
+        def alone(slot):
+            nothing = jnp.zeros((view.m, view.n), view.dtype)
+            return one(slot, lambda: slot.get("gradient", nothing), slot["largest"])
+
+        made = _on_mesh(mesh, alone, slots, spread)
     like = [(p, jax.ShapeDtypeStruct(v.batch, jnp.int32)) for v, p in zip(views, old, strict=True)]
     if len(views) == 1:
         parts = [jax.tree.map(lambda x, p: x.reshape(p.shape), made, like[0])]
@@ -178,8 +199,30 @@ def _together(views, grads, old, when: Schedule, methods: Methods):
     return [p for p, _ in parts], [step for _, step in parts]
 
 
+def _on_mesh(mesh: Any, one: Callable, slots: dict[str, Any], spread: bool) -> Any:
+    """Refresh matrices in shares, or, where no more are due than are a share, each everywhere."""
+    old = slots["old"], slots["last"]
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def shared():
+        made, steps = each_its_share(mesh, functools.partial(jax.lax.map, one), slots)
+        # Else it would be brought together after the conditional, at every step.
+        return made, jax.lax.with_sharding_constraint(steps, everywhere)
+
+    if not spread:
+        return shared()
+    few = jnp.sum(slots["due"]) <= -(-slots["due"].size // mesh.size)
+    return cond(few, lambda: one_by_one(slots["due"], one, slots, old), shared)
+
+
 def renew(
-    view: MatrixView, g: jax.Array, old: Stored, seed: Any, methods: Methods
+    view: MatrixView,
+    g: jax.Array,
+    old: Stored,
+    seed: Any,
+    methods: Methods,
+    largest: jax.Array | None = None,
 ) -> tuple[Stored, jax.Array]:
     """The projector of one matrix from its gradient.
 
@@ -190,6 +233,7 @@ def renew(
         seed: integers that tell this matrix and step from others, for random bases: of the
             leaf, the step (which also decides the method), the number in the stack.
         methods: from `basis.methods`.
+        largest: the gradient's largest magnitude, where it is known.
 
     Returns:
         The new projector, stored as the old one, and True; where the gradient is zero or not
@@ -204,7 +248,7 @@ def renew(
 
     def decompose():
         # A Gram matrix may over- or underflow; bases do not depend on the gradient's scale.
-        scaled = jnp.where(usable, g.astype(view.dtype), 0) / jnp.where(usable, largest, 1)
+        scaled = jnp.where(usable, g.astype(view.dtype), 0) / jnp.where(usable, size, 1)
         new = _basis(view, scaled, load(view, old), key, at_step(methods, seed[1]))
         finite = jnp.all(jnp.isfinite(new))
         stored = store(view, new, storage_of(old))
@@ -212,8 +256,8 @@ def renew(
 
     # LAPACK may never return from a matrix with infinities or NaNs in it, and under a `vmap`
     # over models one that is not usable runs beside one that is.
-    largest = jnp.max(jnp.abs(g.astype(view.dtype)))
-    usable = (largest > 0) & jnp.isfinite(largest)
+    size = jnp.max(jnp.abs(g.astype(view.dtype))) if largest is None else largest
+    usable = (size > 0) & jnp.isfinite(size)
     return cond(usable, decompose, lambda: (old, jnp.zeros([], bool)))
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from galore_jax.control import alike
+from galore_jax.control import alike, auto_mesh
 from galore_jax.matrix.view import MatrixView
 from galore_jax.precision import wide
 from galore_jax.projector.gradient import LIGHT, ProjectedGradient
@@ -72,6 +73,9 @@ class FactoredUpdate:
         count = math.prod(view.batch)
         flat = functools.partial(jax.tree.map, lambda x: x.reshape(count, *x.shape[axes:]))
         parts = flat((projector, low_rank, decay))
+        if auto_mesh(w) is not None:  # a loop over an axis that is cut would bring along all of it
+            each = jax.vmap(added)(flat(w), *parts, np.arange(count, dtype=np.int32))  # type: ignore[call-arg]
+            return each.reshape(w.shape)
 
         def body(i, w):
             def at(x):

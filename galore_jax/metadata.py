@@ -1,0 +1,108 @@
+"""Names of axes beside parameters: variables of Flax NNX, boxes of Linen.
+
+`nnx.get_partition_spec` and `nn.get_partition_spec` read from them how an array is to be sharded,
+the arrays of an optimizer's state too. Optax's states come by theirs as they are mapped over the
+parameters, and an array of another shape gets names that do not fit it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.matrix.trees import bare, is_boxed
+from galore_jax.sharding import Axes, Names, axes_of_state
+
+# Where no mesh is at hand, what its axes are thought to be at most.
+_LARGEST = 256
+
+# What Flax NNX has called them, and Linen.
+_FIELDS = ("out_sharding", "sharding_names", "names")
+
+
+def named(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
+    """The state of an optimizer, each array boxed as its parameter is, its axes named.
+
+    Args:
+        tx: the optimizer.
+        state: its state, of bare arrays.
+        params: the parameters, boxed or not.
+
+    Returns:
+        The state; as it is where no parameter names its axes.
+    """
+    boxes = jax.tree.leaves(params, is_leaf=is_boxed)
+    fields = [_field(x) for x in boxes]
+    if not any(fields):
+        return state
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), bare(params)
+    )
+    given = [
+        [() if name is None else (name,) for name in _names(box, field)]
+        if field
+        else [()] * len(x.shape)
+        for box, field, x in zip(boxes, fields, jax.tree.leaves(shapes), strict=True)
+    ]
+    leaves, treedef = jax.tree.flatten(state)
+    values = iter(leaves)
+
+    parameters = jax.tree.leaves(shapes)
+
+    def place(axes: Axes) -> Any:
+        value = next(values)
+        if axes.owner is None or (field := fields[axes.owner]) is None:
+            return value
+        sizes = _parts(given[axes.owner], parameters[axes.owner].shape)
+        return _boxed(boxes[axes.owner], value, field, _named(axes, sizes))
+
+    return treedef.unflatten(
+        jax.tree.leaves(axes_of_state(tx, shapes, given, place), is_leaf=is_boxed)
+    )
+
+
+def _parts(names: list[Names], shape: tuple[int, ...]) -> dict[Any, int]:
+    """By name into how many parts an axis may be cut: by the mesh at hand, or a power of two."""
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    return {
+        name: mesh.get(name, min(n & -n, _LARGEST)) if isinstance(name, str) else 1
+        for n, of in zip(shape, names, strict=True)
+        for name in of
+    }
+
+
+def _named(axes: Axes, parts: dict[Any, int]) -> tuple[Any, ...]:
+    """Names of an array's axes: as in the weight, and what it cuts elsewhere on the longest."""
+    names = [n[0] if n and k > 1 else None for n, k in zip(axes.names, axes.pieces, strict=True)]
+    for name, size in parts.items():
+        order = sorted(range(len(names)), key=lambda axis: -axes.shape[axis])
+        free = (a for a in order if names[a] is None and axes.pieces[a] % size == 0)
+        at = next(free, None)
+        if name not in names and size > 1 and at is not None:
+            names[at] = name
+    return tuple(names)
+
+
+def _field(box: Any) -> str | None:
+    """Where a box keeps the names of its array's axes."""
+    if not is_boxed(box):
+        return None
+    if hasattr(box, "get_metadata"):
+        metadata = box.get_metadata()
+        return next((field for field in _FIELDS if metadata.get(field)), None)
+    return next((field for field in _FIELDS if getattr(box, field, None)), None)
+
+
+def _names(box: Any, field: str) -> Any:
+    return box.get_metadata()[field] if hasattr(box, "get_metadata") else getattr(box, field)
+
+
+def _boxed(box: Any, value: Any, field: str, names: tuple[Any, ...]) -> Any:
+    """The value in a box like this one."""
+    if hasattr(box, "get_metadata"):
+        return box.replace(value, **{field: names})
+    return dataclasses.replace(box.replace_boxed(value), **{field: names})
