@@ -8,6 +8,7 @@ parameters, and an array of another shape gets names that do not fit it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -68,11 +69,13 @@ def named(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
 def _parts(names: list[Names], shape: tuple[int, ...]) -> dict[Any, int]:
     """By name into how many parts an axis may be cut: by the mesh at hand, or a power of two."""
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
-    return {
-        name: mesh.get(name, min(n & -n, _LARGEST)) if isinstance(name, str) else 1
-        for n, of in zip(shape, names, strict=True)
-        for name in of
-    }
+
+    def parts(name: Any, n: int) -> int:
+        several = name if isinstance(name, tuple) else (name,)
+        known = all(part in mesh for part in several)
+        return math.prod(mesh[part] for part in several) if known else min(n & -n, _LARGEST)
+
+    return {name: parts(name, n) for n, of in zip(shape, names, strict=True) for name in of}
 
 
 def _named(axes: Axes, parts: dict[Any, int]) -> tuple[Any, ...]:
@@ -80,9 +83,13 @@ def _named(axes: Axes, parts: dict[Any, int]) -> tuple[Any, ...]:
     names = [n[0] if n and k > 1 else None for n, k in zip(axes.names, axes.pieces, strict=True)]
     for name, size in parts.items():
         order = sorted(range(len(names)), key=lambda axis: -axes.shape[axis])
-        free = (a for a in order if names[a] is None and axes.pieces[a] % size == 0)
+        free = (
+            a
+            for a in order
+            if names[a] is None and axes.pieces[a] > 1 and axes.pieces[a] % size == 0
+        )
         at = next(free, None)
-        if name not in names and size > 1 and at is not None:
+        if name not in names and at is not None:
             names[at] = name
     return tuple(names)
 

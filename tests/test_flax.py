@@ -288,3 +288,79 @@ def test_nnx_optimizer_saves_and_resumes(tmp_path):
     nnx.update(model, restored["model"])
     nnx.update(optimizer, restored["optimizer"])
     assert [float(nnx_step(model, optimizer)) for _ in range(4)] == expected
+
+
+NAMED = {"up": (None, "fsdp"), "down": ("fsdp", None)}
+# What the arrays of the state are named after: rank 3 is never cut, and what the weight cuts on the
+# projected axis goes on the other one.
+NAMES_OF_STATE = {
+    "projector": {"up": ("fsdp", None), "down": ("fsdp", None)},
+    "mu": {"up": (None, "fsdp"), "down": ("fsdp", None)},
+}
+
+
+def test_nnx_names_of_axes_reach_the_state():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            def linear(i, o, names):
+                init = nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
+                return nnx.Linear(i, o, use_bias=False, kernel_init=init, rngs=rngs)
+
+            self.up, self.down = linear(16, 32, NAMED["up"]), linear(32, 16, NAMED["down"])
+
+        def __call__(self, x):
+            return self.down(jnp.tanh(self.up(x)))
+
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.set_mesh(mesh):
+        model = Model(nnx.Rngs(0))
+        tx = galore_jax.galore_adamw(1e-2, rank=3)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        state = nnx.state(optimizer, nnx.optimizer.OptState)
+        specs = jax.tree.leaves(
+            nnx.get_partition_spec(state),
+            is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
+        )
+        cut = [spec for spec in specs if "fsdp" in spec]
+        assert len(cut) == 6  # a projector and two moments of two kernels
+        grads = nnx.grad(lambda m: jnp.mean(m(jnp.ones((4, 16))) ** 2))(model)
+        optimizer.update(model, grads)
+
+
+def test_linen_boxes_with_names_of_axes():
+    """The state's are named for its own axes, and random bases are those of arrays in no box."""
+
+    class Model(nn.Module):
+        boxed: bool = True
+
+        @nn.compact
+        def __call__(self, x):
+            def dense(features, name):
+                init = nn.initializers.lecun_normal()
+                if self.boxed:
+                    init = nn.with_partitioning(init, NAMED[name])
+                return nn.Dense(features, use_bias=False, kernel_init=init, name=name)
+
+            return dense(256, "down")(jnp.tanh(dense(512, "up")(x)))
+
+    x = jnp.ones((4, 256))
+    tx = galore_jax.galore_adamw(1e-2, rank=3, method="random")
+    ends = []
+    for boxed in (True, False):
+        model = Model(boxed)
+        state = TrainState.create(
+            apply_fn=model.apply, params=model.init(jax.random.key(0), x)["params"], tx=tx
+        )
+        if boxed:
+            moments = state.opt_state.inner_state[0].mu
+            for name, wanted in NAMES_OF_STATE["projector"].items():
+                assert state.opt_state.projector[name]["kernel"].names == wanted
+            for name, wanted in NAMES_OF_STATE["mu"].items():
+                assert moments[name]["kernel"].names == wanted
+        for _ in range(2):
+            grads = jax.grad(lambda p, m=model: jnp.mean(m.apply({"params": p}, x) ** 2))(
+                state.params
+            )
+            state = state.apply_gradients(grads=grads)
+        ends.append(nn.meta.unbox(state.params))
+    jax.tree.map(np.testing.assert_array_equal, *ends)

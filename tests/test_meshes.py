@@ -111,3 +111,119 @@ for f in (galore_jax.value_and_grad, galore_jax.value_and_update):
 traced(galore_jax.value_and_grad, refresh=False)
 """,
     )
+
+
+@pytest.mark.slow
+def test_explicit_meshes_as_one_device():
+    """Where a sharding is part of an array's type, weights keep theirs and state gets one."""
+    run_with_devices(
+        4,
+        COMMON
+        + """
+if jax.__version_info__ < (0, 7, 2):  # before `jax.set_mesh`
+    raise SystemExit
+shapes = {"up": (4, 16, 24), "down": (4, 24, 16), "norm": (4, 16), "out": (16, 40)}
+specs = {
+    "outputs": {"up": P(None, None, "a"), "down": P(None, None, "a"), "norm": P(),
+                "out": P(None, "a")},
+    "inputs": {"up": P(None, "a"), "down": P(None, "a"), "norm": P(), "out": P("a")},
+    "stack": {"up": P("a"), "down": P("a"), "norm": P("a"), "out": P()},
+}
+options = dict(rank=3, update_proj_gap=2, weight_dimension_numbers=galore_jax.last_two_axes)
+makers = {
+    "svd": lambda: galore_jax.galore_adamw(1e-2, method="svd", **options),
+    "stagger, rotate": lambda: galore_jax.galore_adamw(
+        1e-2, method="eigh", stagger=True, moments="rotate", **options),
+    "8-bit, int4": lambda: galore_jax.galore_adamw8bit(
+        1e-2, method="eigh", projector_dtype="int4", **options),
+    "muon": lambda: galore_jax.galore_muon(1e-2, **options),
+    "ldadam": lambda: galore_jax.ldadam(
+        1e-2, rank=3, weight_dimension_numbers=galore_jax.last_two_axes),
+    "apollo, clipped": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), galore_jax.apollo(1e-2, **options)),
+}
+rng = np.random.default_rng(0)
+params = {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+grads = [jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params)
+         for _ in range(3)]
+mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Explicit,))
+
+def train(tx, params, grads):
+    update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+for name, make in makers.items():
+    want, _ = train(make(), params, grads)
+    for where in ("outputs", "inputs") if name in ("muon", "ldadam") else specs:
+        put = lambda tree: jax.tree.map(
+            lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs[where])
+        with jax.set_mesh(mesh):
+            got, state = train(make(), put(params), [put(g) for g in grads])
+        alike(got, want, 2e-3)
+        for x, s in zip(jax.tree.leaves(got), jax.tree.leaves(put(params))):
+            assert x.sharding.is_equivalent_to(s.sharding, x.ndim), (name, where, x.sharding)
+        large = [x for x in jax.tree.leaves(state) if x.size >= 2048]
+        assert all(x.addressable_shards[0].data.size * 4 == x.size for x in large)
+""",
+    )
+
+
+@pytest.mark.slow
+def test_a_refresh_is_shared():
+    """Each device decomposes its share; no device is sent all matrices."""
+    run_with_devices(
+        8,
+        COMMON
+        + """
+mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+params = {"a": jax.ShapeDtypeStruct((12, 32, 64), jnp.float32),
+          "b": jax.ShapeDtypeStruct((4, 32, 64), jnp.float32)}
+
+def program(tx, spec):
+    where = jax.tree.map(lambda _: NamedSharding(mesh, spec), params)
+    of_state = galore_jax.state_sharding(tx, params, where)
+    like = lambda tree, at: jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at)
+    p, s = like(params, where), like(jax.eval_shape(tx.init, params), of_state)
+    return jax.jit(tx.update, out_shardings=(where, of_state)).lower(p, s, p).compile().as_text()
+
+def sent(text, how):
+    found = re.findall(r"f32\\[([\\d,]+)\\]\\S* " + how + r"\\(", text)
+    return [tuple(map(int, s.split(","))) for s in found]
+
+for spec in (P(None, None, "fsdp"), P(None, "fsdp")):
+    for more in ({"method": "svd"}, {"method": "eigh", "refresh": "lazy"}, {"method": "random"}):
+        options = dict(rank=4, weight_dimension_numbers=galore_jax.last_two_axes) | more
+        text = program(galore_jax.galore_adamw(1e-2, **options), spec)
+        whole = [s for s in sent(text, "all-gather") if np.prod(s) > 32 * 64]
+        assert not [s for s in whole if {32, 64} <= set(s)], whole
+        looks = more["method"] != "random"
+        # Of 16 matrices each device has two.
+        assert ("f32[2,32,64]" in text) == looks, (spec, more)
+""",
+    )
+
+
+@pytest.mark.slow
+def test_orthogonalisation_is_shared():
+    """As on one device, and no device is sent all matrices."""
+    run_with_devices(
+        8,
+        COMMON
+        + """
+from galore_jax.optimizers.muon import orthogonalise
+from galore_jax.projector.shares import in_shares
+mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+rng = np.random.default_rng(0)
+stacks = [jnp.asarray(rng.standard_normal(s), jnp.float32)
+          for s in ((12, 16, 24), (16, 24), (3, 24, 16))]
+put = [jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "fsdp"))) for x in stacks]
+shared = jax.jit(lambda x: in_shares(orthogonalise, x))
+alike(shared(put), [orthogonalise(x) for x in stacks], 1e-5)
+back = jax.jit(shared, out_shardings=[put[0].sharding])
+assert "all-gather" not in back.lower(put[:1]).compile().as_text()
+""",
+    )
