@@ -8,17 +8,20 @@ and state as it was. Boxes with names of axes are taken off, and put on the stat
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from galore_jax.control import as_auto, explicit_mesh, sharding_of
 from galore_jax.matrix.trees import bare
 from galore_jax.metadata import named
 from galore_jax.precision import compiled_if_narrow
-from galore_jax.sharding import state_sharding
+from galore_jax.projector.update import FactoredUpdate
+from galore_jax.sharding import factor_specs, state_sharding
 from galore_jax.state import Asked
 
 
@@ -35,8 +38,8 @@ def transformation(
         if (mesh := explicit_mesh(params)) is None:
             state = plain.init(params)
         else:
-            where = state_sharding(plain, params, jax.tree.map(_sharding, params))
-            state = as_auto(mesh, plain.init, params, like=where)
+            where = state_sharding(plain, params, jax.tree.map(sharding_of, params))
+            state = as_auto(mesh, plain.init, params, like=lambda _: where)
         return named(plain, state, given)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -47,10 +50,14 @@ def transformation(
             out, new = plain.update(updates, state, params, **extra_args)  # type: ignore[arg-type]
         else:
             weights = updates if params is None else params
-            like = jax.tree.map(_sharding, (weights, state))
 
             def within(updates, state, params, extra_args):
                 return plain.update(updates, state, params, **extra_args)
+
+            def like(result):
+                treedef = jax.tree.structure(weights)
+                specs = map(_as_weight, jax.tree.leaves(weights), treedef.flatten_up_to(result[0]))
+                return treedef.unflatten(specs), jax.tree.map(sharding_of, state)
 
             out, new = as_auto(mesh, within, *everything, like=like)
         return _boxed_as(given[0], updates, out), _boxed_as(given[1], state, new)
@@ -67,33 +74,15 @@ def _boxed_as(given: Any, plain: Any, new: Any) -> Any:
     return boxed.unflatten(treedef.flatten_up_to(new))
 
 
-def _sharding(x: Any) -> NamedSharding:
-    return jax.typeof(x).sharding
-
-
-def explicit_mesh(tree: Any) -> Any:
-    """The abstract mesh with Explicit axes on which arrays of a tree lie, if they do."""
-    meshes = (_sharding(x).mesh for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
-    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
-
-
-def as_auto(mesh: Any, function: Callable[..., Any], *args: Any, like: Any) -> Any:
-    """`function(*args)` with all axes of a mesh Auto within.
-
-    Args:
-        mesh: an abstract mesh with Explicit axes.
-        function: of trees of arrays.
-        *args: trees, on that mesh.
-        like: how the result is to lie, a tree of shardings.
-    """
-    auto = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
-
-    def put(x, mesh, spec):
-        put_to = NamedSharding(mesh, spec)
-        return jax.sharding.reshard(x, put_to) if isinstance(x, jax.Array) else x
-
-    with jax.sharding.use_abstract_mesh(auto):
-        out = function(*jax.tree.map(lambda x: put(x, auto, PartitionSpec()), args))
-    leaves, treedef = jax.tree.flatten(out)
-    specs = [s.spec for s in jax.tree.leaves(like)]
-    return treedef.unflatten([put(x, mesh, s) for x, s in zip(leaves, specs, strict=True)])
+def _as_weight(w: jax.Array, update: Any) -> Any:
+    """How the update of a weight is to lie, a tree like it."""
+    sharding = sharding_of(w)
+    if not isinstance(update, FactoredUpdate):
+        return sharding
+    p, low_rank = factor_specs(update.view, sharding.spec)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return dataclasses.replace(
+        jax.tree.map(lambda _: everywhere, update),
+        projector=NamedSharding(sharding.mesh, p),
+        low_rank=NamedSharding(sharding.mesh, low_rank),
+    )

@@ -66,11 +66,15 @@ def apply_updates(
         if jnp.result_type(p) != jnp.bfloat16:
             return optax.apply_updates(p, u)
         if isinstance(u, FactoredUpdate):
-            return u.add_to(p, lambda x, i: _round(x, jax.random.fold_in(leaf_key, i)))
+            return u.add_to(p, _round_matrix, leaf_key)
         total = wide(p) + jnp.asarray(u).astype(jnp.float32)
         return _round(total, leaf_key)
 
     return jax.tree.map(apply, params, updates, is_leaf=lambda x: x is None)
+
+
+def _round_matrix(x: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
+    return _round(x, jax.random.fold_in(key, index))
 
 
 def _round(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -146,6 +146,14 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
+def factor_specs(view: MatrixView, spec: PartitionSpec) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the projector and the low-rank gradient of a weight lie, given how it does."""
+    names = _names(view.path, len(view.shape), spec)
+    kinds = (next(_kinds(view, view.shape, names, projector)) for projector in (True, False))
+    p, low_rank = (PartitionSpec(*(n or None for n in kind.names)) for kind in kinds)
+    return p, low_rank
+
+
 def _read(shardings: Any, shapes: Any) -> tuple[list[Any], Any, dict[str, int]]:
     """By leaf its spec; what makes a result of one; the sizes of the mesh's axes."""
 

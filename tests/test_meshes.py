@@ -167,6 +167,30 @@ for name, make in makers.items():
             assert x.sharding.is_equivalent_to(s.sharding, x.ndim), (name, where, x.sharding)
         large = [x for x in jax.tree.leaves(state) if x.size >= 2048]
         assert all(x.addressable_shards[0].data.size * 4 == x.size for x in large)
+
+# Gradients in the subspace, and layer by layer, of a batch that is cut.
+for hooked in (False, True):
+    params, loss_fn = plain(hooked=hooked)
+    tx = galore_jax.galore_adamw(1e-2, method="svd", **OPTIONS)
+
+    def projected(params, state, x):
+        _, grads = galore_jax.value_and_grad(loss_fn, tx)(params, state, x)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def layerwise(params, state, x):
+        return galore_jax.value_and_update(loss_fn, tx)(params, state, x)[1:]
+
+    for step in (projected, layerwise):
+        a = params, tx.init(params)
+        for x in batches(5):
+            a = jax.jit(step)(*a, x)
+        with jax.set_mesh(mesh):
+            p = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), params)
+            b = p, jax.jit(tx.init)(p)
+            for x in batches(5):
+                b = jax.jit(step)(*b, jax.device_put(x, NamedSharding(mesh, P("a"))))
+        alike(b[0], a[0], 1e-4)
 """,
     )
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.control import alike, auto_mesh
+from galore_jax.control import alike, as_auto, auto_mesh, explicit_mesh, sharding_of
 from galore_jax.matrix.view import MatrixView
 from galore_jax.precision import wide
 from galore_jax.projector.gradient import LIGHT, ProjectedGradient
@@ -54,8 +54,16 @@ class FactoredUpdate:
     def __radd__(self, w: jax.Array) -> jax.Array:
         return _add_cast(w, self)
 
-    def add_to(self, w: jax.Array, rounded: Callable[[jax.Array, jax.Array], jax.Array]):
-        """`w + self`; `rounded(sum, index)` casts the new matrix number `index`."""
+    def add_to(self, w: jax.Array, rounded: Callable[..., jax.Array], *more: jax.Array):
+        """`w + self`; `rounded(sum, index, *more)` casts the new matrix number `index`."""
+        if (mesh := explicit_mesh(w)) is not None:
+            args = w, self, *more
+            return as_auto(
+                mesh,
+                lambda w, u, *more: u.add_to(w, rounded, *more),
+                *args,
+                like=lambda _: sharding_of(w),
+            )
         view, axes = self.view, len(self.view.batch)
         one = view.below(axes)
         low_rank = self.low_rank / LIGHT
@@ -66,7 +74,7 @@ class FactoredUpdate:
         def added(w, p, low_rank, decay, index):
             w = wide(w)
             new = w + lift(one, p, low_rank)
-            return rounded(new if decay is None else new + decay * w, index)
+            return rounded(new if decay is None else new + decay * w, index, *more)
 
         if not axes:
             return added(w, projector, low_rank, decay, jnp.int32(0))

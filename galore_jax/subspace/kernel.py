@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.control import cond, mean_over
+from galore_jax.control import as_auto, cond, everywhere, explicit_mesh, mean_over
 from galore_jax.matrix.view import MatrixView
 from galore_jax.projector.basis import Methods
 from galore_jax.projector.gradient import Basis, pack
@@ -180,6 +180,10 @@ def _tap_forward(rule, kernel):
 def _tap_backward(rule, saved, dw):
     projector, turn = saved
     view, matrix = rule.at(dw.ndim), rule.view.matrix
+
+    if (mesh := explicit_mesh(dw)) is not None:
+        back = functools.partial(_tap_backward, rule)
+        return as_auto(mesh, back, saved, dw, like=everywhere(mesh))
 
     def one(dw, stored, turn):
         return cotangents(

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_jax.control import as_auto, everywhere, explicit_mesh, sharding_of
 from galore_jax.projector.project import bases
-from galore_jax.subspace.kernel import Kernel, Tapped, as_kernel, cotangents
+from galore_jax.subspace.kernel import Kernel, Rule, Tapped, as_kernel, cotangents
 
 
 def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any = None, **options):
@@ -122,8 +123,19 @@ def _matmul_forward(static, x, kernel):
 def _matmul_backward(static, saved, dy):
     rule, dtype, precision = static
     x, inner, weight, projector, turn = saved
+    mesh = explicit_mesh(dy)
+    placed: dict[str, Any] = {} if mesh is None else {"out_sharding": sharding_of(x)}
+    dx = jnp.dot(dy, weight.astype(dtype).T, precision=precision, **placed).astype(x.dtype)
+    if mesh is None:
+        return dx, _projected(rule, x, inner, dy, projector, turn)
+    projected = functools.partial(_projected, rule)
+    args = x, inner, dy, projector, turn
+    return dx, as_auto(mesh, projected, *args, like=everywhere(mesh))
+
+
+def _projected(rule: Rule, x, inner, dy, projector, turn) -> Kernel:
+    """What the gradient `x^T dy` of a kernel becomes."""
     view = rule.view.matrix
-    dx = jnp.dot(dy, weight.astype(dtype).T, precision=precision).astype(x.dtype)
 
     def summed(a, b, axes=(1, 0)):
         """The product, in float32 at least; operands of half precision stay so."""
@@ -147,8 +159,7 @@ def _matmul_backward(static, saved, dy):
         # |x^T dy|^2 = <x x^T, dy dy^T>: cheaper than the gradient for few tokens.
         return jnp.sum(summed(x, x, (1, 1)) * summed(dy, dy, (1, 1)))
 
-    slots = cotangents(rule, projector, turn, gradient, low_rank, square)
-    return dx, as_kernel(slots)
+    return as_kernel(cotangents(rule, projector, turn, gradient, low_rank, square))
 
 
 _low_rank_matmul.defvjp(_matmul_forward, _matmul_backward)
