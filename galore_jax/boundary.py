@@ -20,6 +20,7 @@ from galore_jax.control import as_auto, explicit_mesh, sharding_of
 from galore_jax.matrix.trees import bare
 from galore_jax.metadata import named
 from galore_jax.precision import compiled_if_narrow
+from galore_jax.projector.gradient import is_projected
 from galore_jax.projector.update import FactoredUpdate
 from galore_jax.sharding import factor_specs, state_sharding
 from galore_jax.state import Asked
@@ -67,11 +68,9 @@ def transformation(
 
 def _boxed_as(given: Any, plain: Any, new: Any) -> Any:
     """A tree like `plain` in the boxes of the one that it was taken from."""
-    treedef = jax.tree.structure(plain)
-    if jax.tree.structure(given) == treedef:
-        return new
-    boxed = jax.tree.structure(given)
-    return boxed.unflatten(treedef.flatten_up_to(new))
+    # A gradient in the subspace becomes an update that is another node.
+    bare_def, boxed_def = (jax.tree.structure(x, is_leaf=is_projected) for x in (plain, given))
+    return new if boxed_def == bare_def else boxed_def.unflatten(bare_def.flatten_up_to(new))
 
 
 def _as_weight(w: jax.Array, update: Any) -> Any:

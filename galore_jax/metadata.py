@@ -43,16 +43,15 @@ def named(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), bare(params)
     )
+    parameters = jax.tree.leaves(shapes)
     given = [
         [() if name is None else (name,) for name in _names(box, field)]
         if field
         else [()] * len(x.shape)
-        for box, field, x in zip(boxes, fields, jax.tree.leaves(shapes), strict=True)
+        for box, field, x in zip(boxes, fields, parameters, strict=True)
     ]
     leaves, treedef = jax.tree.flatten(state)
     values = iter(leaves)
-
-    parameters = jax.tree.leaves(shapes)
 
     def place(axes: Axes) -> Any:
         value = next(values)

@@ -357,10 +357,16 @@ def test_linen_boxes_with_names_of_axes():
                 assert state.opt_state.projector[name]["kernel"].names == wanted
             for name, wanted in NAMES_OF_STATE["mu"].items():
                 assert moments[name]["kernel"].names == wanted
-        for _ in range(2):
-            grads = jax.grad(lambda p, m=model: jnp.mean(m.apply({"params": p}, x) ** 2))(
-                state.params
-            )
+        for k in range(3):
+
+            def loss_fn(params, x, model=model):
+                return jnp.mean(model.apply({"params": params}, x) ** 2)
+
+            gradient = galore_jax.value_and_grad(loss_fn, tx)
+            if k < 2:
+                grads = jax.grad(loss_fn)(state.params, x)
+            else:
+                _, grads = gradient(state.params, state.opt_state, x)
             state = state.apply_gradients(grads=grads)
         ends.append(nn.meta.unbox(state.params))
     jax.tree.map(np.testing.assert_array_equal, *ends)
