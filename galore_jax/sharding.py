@@ -87,8 +87,8 @@ def state_sharding(
         >>> tx = galore_jax.galore_adamw(1e-3, rank=8)
         >>> where = galore_jax.state_sharding(tx, params, shardings, spread=False)
         >>> opt_state = jax.jit(tx.init, out_shardings=where)(params)
-        >>> opt_state.inner_state[0].mu["kernel"].sharding.spec
-        PartitionSpec(None, 'fsdp')
+        >>> list(opt_state.inner_state[0].mu["kernel"].sharding.spec)
+        [None, 'fsdp']
 
     References:
         Rajbhandari et al., `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020

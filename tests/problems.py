@@ -11,9 +11,20 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 # Moved there in JAX 0.8.
 enable_x64 = (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64
+
+
+def once_but(everywhere, cases):
+    """Cases to run once, but for some that run in each environment."""
+
+    def param(case):
+        values = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*values, marks=() if case in everywhere else pytest.mark.slow)
+
+    return [param(case) for case in cases]
 
 
 def normal(seed, *shape, dtype=np.float32):

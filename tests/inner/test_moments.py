@@ -53,6 +53,7 @@ def test_rotated_moments_follow_ldadams_rule_in_numpy():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
 def test_a_rotation_into_the_same_subspace_changes_no_update(proj_type):
     """With one gradient at every step the subspace stays, and so do the moments in it.

@@ -8,7 +8,7 @@ from flax import nnx
 import galore_jax
 from examples import llama
 from tests.models import LAYERS, OPTIONS, WIDTH, batches, plain
-from tests.problems import run_with_devices
+from tests.problems import once_but, run_with_devices
 from tests.subspace.test_gradients import LOOSE, TRAININGS, full, relative, train, trained_in_full
 
 
@@ -23,7 +23,7 @@ def train_layerwise(loss_fn, tx, params, data, state=None, **options):
     return params, state, losses
 
 
-@pytest.mark.parametrize("kind", TRAININGS)
+@pytest.mark.parametrize("kind", once_but(["svd", "int8 projectors"], TRAININGS))
 def test_training_is_that_of_full_gradients(kind):
     params, loss_fn = plain()
     inner, _, (want, (_, want_state), want_losses) = trained_in_full("plain", kind)
@@ -57,7 +57,7 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("name", once_but(["adamw", "8 bits", "partition"], INNERS))
 def test_any_optimizer_that_treats_leaves_separately(name):
     params, loss_fn = plain()
     tx, data = INNERS[name], batches(6)

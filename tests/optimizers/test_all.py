@@ -121,6 +121,7 @@ def test_layer_by_layer_is_the_same(name):
     assert relative(want, got, params) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_SUBSPACE)
 def test_in_the_subspace_is_the_same(name):
     params, loss_fn = MODELS["hooked"]()
