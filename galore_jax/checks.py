@@ -23,7 +23,8 @@ def check_state(state: Any, lazy: bool) -> None:
     if not is_state(state):
         raise TypeError(
             f"galore's state must be a GaLoreState, got {type(state).__name__}. A checkpoint "
-            "has to be restored with a target: jax.eval_shape(tx.init, params)"
+            "has to be restored with a target: jax.eval_shape(tx.init, params), on a mesh with the "
+            "shardings of galore_jax.state_sharding"
         )
     if lazy == isinstance(state.turns_between, optax.EmptyState):
         options = ("lazy", "fixed")

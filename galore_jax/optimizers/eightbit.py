@@ -204,7 +204,8 @@ def _check_state(name: str, state: Any, wanted: type) -> None:
     if not isinstance(state, wanted):
         raise TypeError(
             f"scale_by_{name}8bit's state must be a {wanted.__name__}, got {type(state).__name__}. "
-            "A checkpoint has to be restored with a target: jax.eval_shape(tx.init, params)"
+            "A checkpoint has to be restored with a target: jax.eval_shape(tx.init, params), on a "
+            "mesh with the shardings of galore_jax.state_sharding"
         )
 
 
