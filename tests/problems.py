@@ -17,6 +17,11 @@ import pytest
 enable_x64 = (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64
 
 
+def on_mesh(mesh):
+    """A context in which a mesh is at hand."""
+    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
+
+
 def once_but(everywhere, cases):
     """Cases to run once, but for some that run in each environment."""
 

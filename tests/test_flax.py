@@ -14,7 +14,7 @@ import galore_jax
 from galore_jax import galore
 from tests.models import nnx_stack
 from tests.optimizers.members import MEMBERS
-from tests.problems import once_but, params_like
+from tests.problems import on_mesh, once_but, params_like
 
 OPTIONS = dict(rank=4, update_proj_gap=3, weight_dimension_numbers=galore_jax.last_two_axes)
 X = np.random.default_rng(0).standard_normal((16, 12)).astype(np.float32)
@@ -318,7 +318,7 @@ def test_nnx_names_of_axes_reach_the_state():
             return self.down(jnp.tanh(self.up(x)))
 
     mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.sharding.set_mesh(mesh):
+    with on_mesh(mesh):
         model = Model(nnx.Rngs(0))
         tx = galore_jax.galore_adamw(1e-2, rank=3)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import galore_jax
 from galore_jax.quantize import BLOCK
-from tests.problems import run_with_devices
+from tests.problems import on_mesh, run_with_devices
 
 L, M, N, R = 8, 64, 128, 6
 OPTIONS = dict(rank=R, weight_dimension_numbers=galore_jax.last_two_axes)
@@ -190,7 +190,7 @@ def test_partition_specs_are_for_the_mesh_at_hand(spread):
     tx, params = galore_jax.galore_adamw(1e-2, rank=2), {"w": jnp.ones((8, 16))}
     with pytest.raises(ValueError, match="PartitionSpecs do not say on which mesh"):
         galore_jax.state_sharding(tx, params, {"w": P(None, "fsdp")})
-    with jax.set_mesh(mesh):
+    with on_mesh(mesh):
         found = galore_jax.state_sharding(tx, params, {"w": P(None, "fsdp")}, spread=spread)
     assert found.inner_state[0].mu["w"] == P(None, "fsdp")
     assert found.projector["w"] == P(None, None)

@@ -40,7 +40,8 @@ def bare(tree: Any) -> Any:
 
     def value(x):
         if hasattr(x, "unbox"):
-            return x.unbox()
+            # Not by `unbox`, which on a mesh constrains the array too.
+            return x.value if hasattr(x, "value") else x.unbox()
         return x.get_value() if hasattr(x, "get_value") else x.raw_value
 
     return jax.tree.map(lambda x: value(x) if is_boxed(x) else x, tree, is_leaf=is_boxed)
