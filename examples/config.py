@@ -119,6 +119,9 @@ class Config:
     """Steps between two checkpoints."""
     keep: int = 2
     """Checkpoints to keep."""
+    skip_nonfinite: int = 0
+    """Skip steps whose loss or gradient is not finite, and stop at this many in a row; 0 stops at
+    a loss that is not finite. Keeps nothing twice; layerwise takes --clip's second backward pass"""
     prompt: str = "def "
     """Beginning of the sample text."""
     sample_tokens: int = 120
@@ -126,16 +129,16 @@ class Config:
 
 
 # What a resumed run may do differently: nothing that would change a step already planned, but
-# where its memory goes.
+# where its memory goes, and what becomes of a step that cannot be taken.
 MAY_CHANGE = {
     *("tier", "remat", "loss_chunk"),
     *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "last_eval_batches"),
-    *("save_every", "keep", "prompt", "sample_tokens", "cache_dir", "run_dir"),
+    *("save_every", "keep", "skip_nonfinite", "prompt", "sample_tokens", "cache_dir", "run_dir"),
 }
 SMALLEST = {  # Of the numbers, where it is not 1.
     **{"seq_len": 2, "warmup": 0, "clip": 0, "weight_decay": 0, "sample_tokens": 0},
     **{"seed": 0, "learning_rate": 0, "scale": 0},
-    **{"embedding_learning_rate": 0, "random_from": 0},
+    **{"embedding_learning_rate": 0, "random_from": 0, "skip_nonfinite": 0},
 }
 
 

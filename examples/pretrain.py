@@ -145,6 +145,7 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             tier=config.tier,
             clip=config.clip or None,
             rounding_key=jax.random.key(config.seed) if config.stochastic_rounding else None,
+            skip_nonfinite=config.skip_nonfinite > 0,
         )
 
         def one_step(done: int, state: training.State) -> tuple[training.State, dict]:
@@ -230,10 +231,7 @@ def take_steps(
                 continue
             rows = [{k: np.asarray(v).item() for k, v in row.items()} for row in pending]
             speed = len(rows) * step_tokens / (time.perf_counter() - logged)
-            if not math.isfinite(rows[-1]["loss"]):
-                raise UserError(
-                    f"The loss is {rows[-1]['loss']} at step {done}. Lower --learning-rate."
-                )
+            check_finite(config, rows)
             if last or eval_due:
                 limit = config.last_eval_batches if last else config.eval_batches
                 rows[-1] |= evaluate(state["params"], limit)
@@ -248,11 +246,29 @@ def take_steps(
     return state, done
 
 
+def check_finite(config: Config, rows: list[dict[str, Any]]) -> None:
+    """Stops a run whose loss is not finite, or has not been in too many steps in a row."""
+    loss, step = rows[-1]["loss"], rows[-1]["step"]
+    if not config.skip_nonfinite:
+        if not math.isfinite(loss):
+            raise UserError(f"The loss is {loss} at step {step}. Lower --learning-rate.")
+        return
+    for row in rows:
+        if row["skipped_in_a_row"] >= config.skip_nonfinite:
+            raise UserError(
+                f"--skip-nonfinite {config.skip_nonfinite}: {row['skipped_in_a_row']} steps in a"
+                f" row had no finite loss and gradient, to step {row['step']} with its loss of"
+                f" {row['loss']}. Lower --learning-rate, or look at the data."
+            )
+
+
 def shown(row: dict[str, Any]) -> dict[str, str]:
     """What the progress bar says of a step."""
     parts = {"loss": f"{row['loss']:.3f}"}
     if "val_perplexity" in row:
         parts["val ppl"] = f"{row['val_perplexity']:.2f}"
+    if row.get("skipped"):
+        parts["skipped"] = str(row["skipped"])
     return parts
 
 
