@@ -12,7 +12,9 @@ import tyro
 
 from examples import llama, optimizers, training
 from examples.errors import UserError
+from examples.files import write_atomically
 
+FORMAT = 1  # Of config.json and of what else lies in a run's folder.
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -117,6 +119,9 @@ class Config:
     """Steps between two checkpoints."""
     keep: int = 2
     """Checkpoints to keep."""
+    skip_nonfinite: int = 0
+    """Skip steps whose loss or gradient is not finite, and stop at this many in a row; 0 stops at
+    a loss that is not finite. Keeps nothing twice; layerwise takes --clip's second backward pass"""
     prompt: str = "def "
     """Beginning of the sample text."""
     sample_tokens: int = 120
@@ -124,17 +129,16 @@ class Config:
 
 
 # What a resumed run may do differently: nothing that would change a step already planned, but
-# where its memory goes.
+# where its memory goes, and what becomes of a step that cannot be taken.
 MAY_CHANGE = {
     *("tier", "remat", "loss_chunk"),
     *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "last_eval_batches"),
-    *("save_every", "keep"),
-    *("prompt", "sample_tokens", "cache_dir", "run_dir"),
+    *("save_every", "keep", "skip_nonfinite", "prompt", "sample_tokens", "cache_dir", "run_dir"),
 }
 SMALLEST = {  # Of the numbers, where it is not 1.
     **{"seq_len": 2, "warmup": 0, "clip": 0, "weight_decay": 0, "sample_tokens": 0},
     **{"seed": 0, "learning_rate": 0, "scale": 0},
-    **{"embedding_learning_rate": 0, "random_from": 0},
+    **{"embedding_learning_rate": 0, "random_from": 0, "skip_nonfinite": 0},
 }
 
 
@@ -263,20 +267,39 @@ def galore_options(config: Config) -> dict:
 
 def save(config: Config, folder: pathlib.Path) -> None:
     """Writes config.json."""
-    text = json.dumps(dataclasses.asdict(config), indent=2)
-    (folder / "config.json").write_text(text + "\n")
+    settings = {"format": FORMAT} | dataclasses.asdict(config)
+    write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def read(folder: pathlib.Path) -> Config:
-    """The config of a run's folder."""
+def read(folder: pathlib.Path, given_as: str = "--resume") -> Config:
+    """The config of a run's folder, which a flag has named."""
     path = folder / "config.json"
     if not path.exists():
         raise UserError(
-            f"--resume: {str(folder)!r} is not the folder of a run (no config.json there)."
+            f"{given_as}: {str(folder)!r} is not the folder of a run (no config.json there)."
             " Give the folder a run printed when it began."
         )
-    saved = json.loads(path.read_text())
-    return Config(**(saved | {"data": tuple(saved["data"])}))
+    try:
+        saved: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{given_as}: {str(path)!r} is damaged (not a whole JSON object). Bring it back from a"
+            " copy, or start a new run."
+        ) from None
+    found = saved.pop("format", None)
+    if found != FORMAT or set(saved) != {f.name for f in dataclasses.fields(Config)}:
+        raise UserError(
+            f"{given_as}: {str(path)!r} is of another version of this program (format {found}, here"
+            f" {FORMAT}). Continue it with that version, or start a new run."
+        )
+    saved["data"] = tuple(saved["data"])
+    return Config(**saved)
+
+
+def changed(before: Config, now: Config) -> list[str]:
+    """The settings that differ, of those that a run keeps to its end."""
+    kept = (name for name in dataclasses.asdict(now) if name not in MAY_CHANGE)
+    return [name for name in kept if getattr(before, name) != getattr(now, name)]
 
 
 def defaults(args: Sequence[str]) -> Config:
@@ -317,12 +340,11 @@ def parse(args: Sequence[str]) -> Config:
     )
     if config.resume is not None:
         config = dataclasses.replace(config, run_dir=config.resume)
-        for name in {f.name for f in dataclasses.fields(Config)} - MAY_CHANGE:
+        for name in changed(default, config):
             before, now = getattr(default, name), getattr(config, name)
-            if before != now:
-                raise UserError(
-                    f"{flag(name)}: the run to resume has {before!r}, not {now!r}. Leave"
-                    f" {flag(name)} out, or start a new run."
-                )
+            raise UserError(
+                f"{flag(name)}: the run to resume has {before!r}, not {now!r}. Leave"
+                f" {flag(name)} out, or start a new run."
+            )
     check(config)
     return config

@@ -22,6 +22,7 @@ from flax import nnx
 
 import galore_jax
 from examples.losses import chunked_losses, token_losses
+from examples.watching import watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +235,11 @@ class Llama(nnx.Module):
         if not config.tied:
             self.lm_head = linear(config, config.hidden, config.vocab_size, rngs)
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
-        """What the head sees of tokens (B, T): normalised hidden states (B, T, D)."""
+    def hidden(self, tokens: jax.Array, watch: jax.Array | None = None) -> jax.Array:
+        """What the head sees of tokens (B, T): normalised hidden states (B, T, D).
+
+        With a `watch` (L,) each layer's weights are `watched`.
+        """
         config = self.config
         cos, sin = rotary(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
         block_def, stacked = nnx.split(self.blocks)
@@ -243,7 +247,12 @@ class Llama(nnx.Module):
         def block(layer, x):
             return nnx.merge(block_def, layer)(x, cos, sin)
 
-        if config.remat:
+        def watched_block(both, x):
+            return block(watched(*both), x)
+
+        if watch is not None:
+            x = galore_jax.layerwise(watched_block, (stacked, watch), self.embed(tokens))
+        elif config.remat:
             x = galore_jax.layerwise(block, stacked, self.embed(tokens))
         else:
             x, _ = jax.lax.scan(lambda x, p: (block(p, x), None), self.embed(tokens), stacked)
@@ -257,13 +266,15 @@ class Llama(nnx.Module):
         """Logits (B, T, V), in the activations' dtype."""
         return self.logits(self.hidden(tokens))
 
-    def losses(self, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+    def losses(
+        self, tokens: jax.Array, targets: jax.Array, watch: jax.Array | None = None
+    ) -> jax.Array:
         """Cross-entropy of each target (B, T), float32 (B, T), after the tokens up to it.
 
         Where all logits would be more than `config.loss_chunk` they never exist together, which
         takes a fourth matrix product with the head, beside the usual three.
         """
-        config, x = self.config, self.hidden(tokens)
+        config, x = self.config, self.hidden(tokens, watch)
         chunk = max(1, config.loss_chunk // targets.size)
         if config.vocab_size <= chunk:
             return token_losses(self.logits(x), targets)

@@ -5,45 +5,25 @@ on two CPU cores, with no network. `--help` lists every flag; `--model 60m` to `
 sizes and recipes of the paper.
 """
 
+import contextlib
 import dataclasses
-import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 import tqdm
 
 import galore_jax
+from examples import checkpoints, interrupts, llama, optimizers, runs, sampling, training
 from examples import config as config_lib
 from examples import data as data_lib
-from examples import llama, optimizers, runs, sampling, training
 from examples.config import Config
 from examples.errors import UserError
-
-
-def open_run(config: Config, tokenizer: str) -> pathlib.Path:
-    """Creates the run's folder with its config and tokenizer, or checks a resumed one."""
-    folder = pathlib.Path(config.run_dir)
-    if config.resume is None:
-        if (folder / "config.json").exists():
-            raise UserError(
-                f"--run-dir: {config.run_dir!r} already holds a run. Continue it with --resume"
-                f" {config.run_dir}, or give another folder."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        config_lib.save(config, folder)
-        (folder / "tokenizer.json").write_text(tokenizer)
-    elif (folder / "tokenizer.json").read_text() != tokenizer:
-        raise UserError(
-            "--resume: the training text has changed since the run began (another Python, or"
-            " edited --data files). Restore it, or start a new run."
-        )
-    return folder
 
 
 def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:
@@ -127,106 +107,169 @@ def describe_data(config: Config, data: data_lib.Data) -> None:
 
 
 def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str, float]:
-    """Runs the training a config describes and returns the figures of its end."""
+    """Runs the training a config describes; returns the figures of its end, if it gets there."""
     began = time.perf_counter()
-    data = data_lib.load(
-        config.data,
-        vocab_size=config.vocab_size,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        cache_dir=config.cache_dir,
-    )
-    folder = open_run(config, data.tokenizer.to_str())
-    describe_data(config, data)
-    model_of, params, tx, schedule, before_step = setup(config)
-    print(f"model: {config.model}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
-    if config.optimizer in optimizers.STACKED:
-        print(galore_jax.summary(tx, params))
-    batches = iter(data.train)
-    manager = runs.checkpoint_manager(folder, config.keep)
-    if config.resume is None:
-        state = training.new_state(params, tx)
-    else:
-        abstract_state = jax.eval_shape(lambda p: training.new_state(p, tx), params)
-        del params
-        state = runs.restore(manager, folder, abstract_state, batches)
-        runs.truncate_metrics(folder, int(state["step"]))
-    print(f"run folder: {folder}")
-    train_step = training.make_train_step(
-        model_of,
-        tx,
-        schedule,
-        config.accumulate,
-        tier=config.tier,
-        clip=config.clip or None,
-        rounding_key=jax.random.key(config.seed) if config.stochastic_rounding else None,
-    )
-    eval_step = training.make_eval_step(model_of)
-
-    def evaluate(params: dict, limit: int | None) -> dict[str, float]:
-        """On the whole validation split, or `limit` batches spread evenly over it."""
-        held_out = list(
-            data_lib.validation_batches(data.validation, config.seq_len, config.batch_size)
-        )
-        stride = -(-len(held_out) // (limit or len(held_out)))
-        return training.evaluate(eval_step, params, held_out[::stride])
-
-    start = int(state["step"])
-    stop = max(start, min(config.steps, config.stop_at or config.steps))
-    step_tokens = config.batch_size * config.seq_len
-    pending, logged = [], time.perf_counter()
-    bar = tqdm.tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
-    for step in range(start + 1, stop + 1):
-        if before_step is not None:
-            state = before_step(step - 1, state)
-        state, metrics = train_step(state, next(batches))
-        # The metrics stay on the device until they are needed: reading them waits for the step.
-        pending.append({"step": step, "tokens": step * step_tokens} | metrics)
-        last, eval_due = step == config.steps, step % config.eval_every == 0
-        save_due = step % config.save_every == 0 or step == stop
-        if not (last or eval_due or save_due or step % config.log_every == 0):
-            continue
-        rows = [{k: v if isinstance(v, int) else float(v) for k, v in r.items()} for r in pending]
-        speed = len(rows) * step_tokens / (time.perf_counter() - logged)
-        if not math.isfinite(rows[-1]["loss"]):
-            raise UserError(
-                f"The loss is {rows[-1]['loss']} at step {step}. Lower --learning-rate."
-            )
-        if last or eval_due:
-            rows[-1] |= evaluate(
-                state["params"], config.last_eval_batches if last else config.eval_batches
-            )
-        runs.append_metrics(folder, rows)
-        if save_due:
-            runs.save(manager, step, state, batches)
-            runs.plot_loss(folder, f"{config.model}, {config.optimizer}")
-        bar.update(len(rows))
-        shown = {"loss": f"{rows[-1]['loss']:.3f}", "tok/s": f"{speed:,.0f}"}
-        if "val_perplexity" in rows[-1]:
-            shown["val ppl"] = f"{rows[-1]['val_perplexity']:.2f}"
-        bar.set_postfix(shown)
-        pending, logged = [], time.perf_counter()
-    bar.close()
-    manager.wait_until_finished()
-    manager.close()
-    if stop < config.steps:
-        print(f"stopped after step {stop} of {config.steps}; continue with --resume {folder}")
-    figures = runs.read_metrics(folder)[-1] | {"seconds": round(time.perf_counter() - began, 1)}
-    (folder / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(", ".join(f"{key} {value:.6g}" for key, value in figures.items()))
-    if config.sample_tokens:
-        text = sampling.sample_text(
-            model_of,
-            state["params"],
-            data.tokenizer,
-            config.prompt,
-            count=config.sample_tokens,
-            window=config.seq_len,
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(runs.locked(config))
+        runs.refuse_another(config)
+        data = data_lib.load(
+            config.data,
+            vocab_size=config.vocab_size,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
             seed=config.seed,
+            cache_dir=config.cache_dir,
         )
-        print(f"sample:\n{text}")
-    return figures
+        describe_data(config, data)
+        model_of, params, tx, schedule, before_step = setup(config)
+        print(f"model: {config.model}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
+        if config.optimizer in optimizers.STACKED:
+            print(galore_jax.summary(tx, params))
+        folder = runs.open_run(config, data.tokenizer.to_str())
+        stop_asked = stack.enter_context(interrupts.stop_requests())
+        batches, start = iter(data.train), checkpoints.choose(folder)
+        saver = stack.enter_context(checkpoints.opened(folder, config.keep, batches))
+        if start is None:
+            state = training.new_state(params, tx)
+        else:
+            abstract_state = jax.eval_shape(lambda p: training.new_state(p, tx), params)
+            del params
+            state = saver.restore(start, abstract_state)
+        runs.truncate_metrics(folder, start or 0)
+        print(f"run folder: {folder}; {start or 0} of {config.steps} steps are done")
+        train_step = training.make_train_step(
+            model_of,
+            tx,
+            schedule,
+            config.accumulate,
+            tier=config.tier,
+            clip=config.clip or None,
+            rounding_key=jax.random.key(config.seed) if config.stochastic_rounding else None,
+            skip_nonfinite=config.skip_nonfinite > 0,
+        )
+
+        def one_step(done: int, state: training.State) -> tuple[training.State, dict]:
+            if before_step is not None:
+                state = before_step(done, state)
+            return train_step(state, next(batches))
+
+        eval_step = training.make_eval_step(model_of)
+
+        def evaluate(params: dict, limit: int | None) -> dict[str, float]:
+            """On the whole validation split, or `limit` batches spread evenly over it."""
+            held_out = list(
+                data_lib.validation_batches(data.validation, config.seq_len, config.batch_size)
+            )
+            stride = -(-len(held_out) // (limit or len(held_out)))
+            return training.evaluate(eval_step, params, held_out[::stride])
+
+        state, done = take_steps(config, state, one_step, evaluate, saver, stop_asked)
+        saver.wait()
+        if done < config.steps:
+            print(f"stopped after step {done} of {config.steps}; continue with --resume {folder}")
+        if done < last_step(config):  # Somebody waits for the end.
+            return {}
+        figures = runs.read_metrics(folder)[-1]
+        figures |= {"seconds": round(time.perf_counter() - began, 1)}
+        runs.save_summary(folder, figures)
+        print(", ".join(f"{key} {value:.6g}" for key, value in figures.items()))
+        if config.sample_tokens:
+            text = sampling.sample_text(
+                model_of,
+                state["params"],
+                data.tokenizer,
+                config.prompt,
+                count=config.sample_tokens,
+                window=config.seq_len,
+                seed=config.seed,
+            )
+            print(f"sample:\n{text}")
+        return figures
+
+
+def last_step(config: Config) -> int:
+    """The step that a run stops after."""
+    return min(config.steps, config.stop_at or config.steps)
+
+
+def take_steps(
+    config: Config,
+    state: training.State,
+    one_step: Callable[[int, training.State], tuple[training.State, dict]],
+    evaluate: Callable[[dict, int | None], dict[str, float]],
+    saver: checkpoints.Checkpoints,
+    stop_asked: Callable[[], bool],
+) -> tuple[training.State, int]:
+    """Takes the steps that are left, or those until somebody asks to stop.
+
+    Each step that is taken is in the metrics, and those of a checkpoint before it is saved.
+
+    Args:
+      config: the settings.
+      state: the training state.
+      one_step: from the number of steps done and the state to the next state and its metrics.
+      evaluate: from parameters and the most batches to the figures of a validation.
+      saver: of the run's checkpoints.
+      stop_asked: whether to stop after the step.
+
+    Returns:
+      The state and the number of steps done; there is a checkpoint of them.
+    """
+    folder, step_tokens = saver.folder, config.batch_size * config.seq_len
+    done, asked = int(state["step"]), stop_asked()
+    stop = max(done, last_step(config))
+    pending, logged = [], time.perf_counter()
+    with tqdm.tqdm(total=config.steps, initial=done, unit="step", dynamic_ncols=True) as bar:
+        while done < stop and not asked:
+            state, metrics = one_step(done, state)
+            done, asked = done + 1, stop_asked()
+            # The metrics stay on the device until they are needed: reading them waits for the step.
+            pending.append({"step": done, "tokens": done * step_tokens} | metrics)
+            last, eval_due = done == config.steps, done % config.eval_every == 0
+            save_due = done % config.save_every == 0 or done == stop or asked
+            if not (last or eval_due or save_due or done % config.log_every == 0):
+                continue
+            rows = [{k: np.asarray(v).item() for k, v in row.items()} for row in pending]
+            speed = len(rows) * step_tokens / (time.perf_counter() - logged)
+            check_finite(config, rows)
+            if last or eval_due:
+                limit = config.last_eval_batches if last else config.eval_batches
+                rows[-1] |= evaluate(state["params"], limit)
+            runs.append_metrics(folder, rows)
+            saver.seal_finished()
+            if save_due:
+                saver.save(done, state)
+                runs.plot_loss(folder, f"{config.model}, {config.optimizer}")
+            bar.update(len(rows))
+            bar.set_postfix(shown(rows[-1]) | {"tok/s": f"{speed:,.0f}"})
+            pending, logged = [], time.perf_counter()
+    return state, done
+
+
+def check_finite(config: Config, rows: list[dict[str, Any]]) -> None:
+    """Stops a run whose loss is not finite, or has not been in too many steps in a row."""
+    loss, step = rows[-1]["loss"], rows[-1]["step"]
+    if not config.skip_nonfinite:
+        if not math.isfinite(loss):
+            raise UserError(f"The loss is {loss} at step {step}. Lower --learning-rate.")
+        return
+    for row in rows:
+        if row["skipped_in_a_row"] >= config.skip_nonfinite:
+            raise UserError(
+                f"--skip-nonfinite {config.skip_nonfinite}: {row['skipped_in_a_row']} steps in a"
+                f" row had no finite loss and gradient, to step {row['step']} with its loss of"
+                f" {row['loss']}. Lower --learning-rate, or look at the data."
+            )
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """What the progress bar says of a step."""
+    parts = {"loss": f"{row['loss']:.3f}"}
+    if "val_perplexity" in row:
+        parts["val ppl"] = f"{row['val_perplexity']:.2f}"
+    if row.get("skipped"):
+        parts["skipped"] = str(row["skipped"])
+    return parts
 
 
 def main(args: Sequence[str] | None = None, setup: Callable[[Config], Setup] = setup) -> int:

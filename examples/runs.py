@@ -1,23 +1,139 @@
-"""A run's folder: config.json, metrics.jsonl, loss.png, checkpoints/."""
+"""A run's folder: lock, config.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/."""
 
 import contextlib
 import json
+import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import grain
-import jax
 import matplotlib.figure
-import orbax.checkpoint as ocp
 
+from examples import checkpoints
+from examples import config as config_lib
+from examples.config import Config
 from examples.errors import UserError
+from examples.files import disk_errors, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None
+
+LOCK = "lock"
+
+
+def named(config: Config) -> str:
+    """The run's folder as the command line has it, for messages."""
+    return f"--resume {config.resume}" if config.resume else f"--run-dir {config.run_dir}"
+
+
+def _writing(config: Config) -> contextlib.AbstractContextManager:
+    return disk_errors(
+        f"{named(config)} cannot be written to",
+        "Make room there, or make it writable, and give the command again.",
+    )
+
+
+@contextlib.contextmanager
+def locked(config: Config) -> Iterator[None]:
+    """The run's folder, for this process alone.
+
+    The system takes the lock back when the process ends, however it ends; the file stays.
+    """
+    folder = pathlib.Path(config.run_dir)
+    new = not folder.exists()
+    with _writing(config):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    with file:
+        if (reason := _lock(file.fileno(), config)) is not None:
+            print(f"{folder} is not locked ({reason}): start no second process on it")
+        try:
+            yield
+        finally:
+            if new and [path.name for path in folder.glob("*")] == [LOCK]:
+                _remove(folder)
+
+
+def _lock(file: int, config: Config) -> str | None:
+    """Takes the lock; why there is none, where the file system or the machine has no such thing."""
+    if fcntl is None:
+        return "this system has no flock"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{named(config)}: another process is at work on this run. Wait for it or end it, or"
+            " use another folder."
+        ) from None
+    except OSError as error:
+        return str(error.strerror)
+    return None
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes the folder of a run that never began: there was a mistake in its flags."""
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+        folder.rmdir()
+
+
+def refuse_another(config: Config) -> None:
+    """Refuses a folder that holds a run, if it is not this one, dead before its first checkpoint.
+
+    So such a run begins anew by the command that it began with.
+    """
+    folder = pathlib.Path(config.run_dir)
+    if config.resume is not None or not (folder / "config.json").exists():
+        return
+    before = config_lib.read(folder, "--run-dir")
+    if checkpoints.exist(folder) or config_lib.changed(before, config):
+        raise UserError(
+            f"--run-dir: {config.run_dir!r} already holds a run. Continue it with --resume"
+            f" {config.run_dir}, or give another folder."
+        )
+
+
+def open_run(config: Config, tokenizer: str) -> pathlib.Path:
+    """Puts config and tokenizer into a new run's folder, or checks those of a resumed one."""
+    folder = pathlib.Path(config.run_dir)
+    if config.resume is not None:
+        _check_tokenizer(folder, tokenizer)
+        return folder
+    with _writing(config):
+        # The config last: with it the folder holds a run.
+        write_atomically(folder / "tokenizer.json", tokenizer)
+        config_lib.save(config, folder)
+    return folder
+
+
+def _check_tokenizer(folder: pathlib.Path, tokenizer: str) -> None:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(
+            f"--resume: {str(path)!r} is missing. Bring it back from a copy, or start a new run."
+        )
+    if path.read_text() != tokenizer:
+        raise UserError(
+            "--resume: the training text has changed since the run began (another Python, or"
+            " edited --data files). Restore it, or start a new run."
+        )
 
 
 def append_metrics(folder: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds one line of JSON a row."""
-    with (folder / "metrics.jsonl").open("a") as file:
+    """Adds one line of JSON a row, which then is on the disk before any checkpoint after it."""
+    with _saving(folder, "metrics.jsonl"), (folder / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _saving(folder: pathlib.Path, name: str) -> contextlib.AbstractContextManager:
+    return disk_errors(
+        f"{str(folder / name)!r} could not be written",
+        f"Make room there, then continue with --resume {folder}",
+    )
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -33,9 +149,21 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(folder: pathlib.Path, step: int) -> None:
-    """Forgets the rows after `step`: a resumed run takes those steps again."""
-    rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Forgets the rows after `step`, and half a line: a resumed run takes those steps again.
+
+    In place, where nothing is lost if the process dies and a full disk has no say.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    end = position = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        position += len(line)
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                end = position
+    with _saving(folder, "metrics.jsonl"):
+        os.truncate(path, end)
 
 
 def plot_loss(folder: pathlib.Path, title: str) -> None:
@@ -56,62 +184,11 @@ def plot_loss(folder: pathlib.Path, title: str) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    with _saving(folder, "loss.png"):
+        figure.savefig(folder / "loss.png", dpi=120)
 
 
-def checkpoint_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-    """Asynchronous saving; a checkpoint appears under its final name only when complete."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
-
-
-def save(
-    manager: ocp.CheckpointManager, step: int, state: dict, data: grain.DatasetIterator
-) -> None:
-    """Starts saving model, optimizer, step and the position in the data.
-
-    The training may go on at once: orbax has copied the state to the host when this returns. On
-    the CPU it holds views instead, and JAX donates no buffer that somebody still looks at.
-    """
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
-        ),
-    )
-
-
-def restore(
-    manager: ocp.CheckpointManager,
-    folder: pathlib.Path,
-    abstract_state: dict,
-    data: grain.DatasetIterator,
-) -> dict:
-    """The state of the last complete checkpoint; sets `data` to its position there.
-
-    Args:
-      manager: of `folder`.
-      folder: the run's folder, for the error message.
-      abstract_state: the state's shapes and dtypes, from `jax.eval_shape`: only with them does
-        orbax give back the optimizer's own types.
-      data: a new iterator over the run's data.
-    """
-    step = manager.latest_step()
-    if step is None:
-        raise UserError(
-            f"--resume: {str(folder)!r} holds no complete checkpoint. Start the run again,"
-            " without --resume."
-        )
-    # Without a sharding orbax would ask for the device that wrote the checkpoint.
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract_state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_state
-    )
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state),
-            data=grain.checkpoint.CheckpointRestore(data),
-        ),
-    )
-    return restored["state"]
+def save_summary(folder: pathlib.Path, figures: dict[str, Any]) -> None:
+    """Writes summary.json."""
+    with _saving(folder, "summary.json"):
+        write_atomically(folder / "summary.json", json.dumps(figures, indent=2) + "\n")

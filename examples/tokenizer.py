@@ -8,12 +8,13 @@ new tokenizer instead of reading a stale one.
 import hashlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from examples.files import disk_errors, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # Every byte, and the end of text.
@@ -57,20 +58,14 @@ def cached(documents: Sequence[str], vocab_size: int, root: pathlib.Path) -> tok
     """The tokenizer of these documents: read from `root`, or trained and left there."""
     path = root / f"bpe-{cache_key(documents, vocab_size)}.json"
     if not path.exists():
-        write_atomically(path, train(documents, vocab_size).to_str().encode())
+        trained = train(documents, vocab_size)
+        with disk_errors(f"--cache-dir: {str(path)!r} could not be written", "Give another one."):
+            write_atomically(path, trained.to_str())
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     # Not stored in the file: text is never read as a special token, so a document that spells
     # out the end-of-text mark keeps those characters.
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """So that two runs that start together never read each other's half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
 
 
 def end_of_text(tokenizer: tokenizers.Tokenizer) -> int:

@@ -11,8 +11,10 @@ import optax
 
 import galore_jax
 from examples import llama
+from examples.watching import value_and_norm
 
-State = dict  # params, opt_state, step: everything a step reads and writes.
+# params, opt_state, step, skipped, skipped_in_a_row: everything a step reads and writes.
+State = dict
 # Where the gradients are: whole, in the subspace, or of one layer at a time.
 Tier = Literal["full", "subspace", "layerwise"]
 # From parameters to the model, as by `llama.from_graph`.
@@ -21,7 +23,10 @@ ModelOf = Callable[[dict], llama.Llama]
 
 def new_state(params: dict, tx: optax.GradientTransformation) -> State:
     """The state before the first step."""
-    return {"params": params, "opt_state": tx.init(params), "step": jnp.zeros([], jnp.int32)}
+    counters = ("step", "skipped", "skipped_in_a_row")
+    return {"params": params, "opt_state": tx.init(params)} | {
+        name: jnp.zeros([], jnp.int32) for name in counters
+    }
 
 
 def make_train_step(
@@ -33,6 +38,7 @@ def make_train_step(
     tier: Tier = "full",
     clip: float | None = None,
     rounding_key: jax.Array | None = None,
+    skip_nonfinite: bool = False,
 ) -> Callable[[State, jax.Array], tuple[State, dict]]:
     """One optimizer step as one compiled function, its state updated in place.
 
@@ -49,11 +55,14 @@ def make_train_step(
       clip: largest global norm of the gradient, for layerwise, where no link of `tx` can see it.
       rounding_key: rounds bfloat16 weights at random, with a key of its own for each step;
         without, they are rounded to nearest.
+      skip_nonfinite: leaves weights and optimizer state as they are in a step whose loss or
+        gradient is not finite, and counts it. Layer by layer that has to be known before, which
+        takes a backward pass more, that of `clip`.
 
     Returns:
       `train_step(state, tokens)` with tokens int32 (batch, seq_len + 1): the new state and the
-      metrics of the step, of which layerwise has no `grad_norm`. `state` is donated: use the
-      returned one.
+      metrics of the step, of which layerwise has a `grad_norm` with `skip_nonfinite` alone.
+      `state` is donated: use the returned one.
     """
 
     def loss_fn(params: dict, tokens: jax.Array) -> jax.Array:
@@ -81,22 +90,66 @@ def make_train_step(
         if tier == "subspace":
             gradient = galore_jax.value_and_grad(loss_fn, tx, microbatches=accumulate)
         loss, grads = gradient(params, opt_state, tokens)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = galore_jax.apply_updates(params, updates, key_of(state))
-        return loss, params, opt_state, {"grad_norm": optax.tree.norm(grads)}
+        norm = optax.tree.norm(grads)
+
+        def update(params: dict, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return galore_jax.apply_updates(params, updates, key_of(state)), opt_state
+
+        before = params, opt_state
+        if not skip_nonfinite:
+            params, opt_state = update(*before, grads)
+        elif tier == "full":
+            # The last of a row of elementwise operations, which all are one and in place.
+            finite = is_finite(loss, norm)
+            after = update(*before, grads)
+            params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+        else:
+            # Weights change layer by layer: a choice behind that would keep them twice.
+            params, opt_state = jax.lax.cond(
+                is_finite(loss, norm), update, lambda *old: old[:2], *before, grads
+            )
+        return loss, params, opt_state, {"grad_norm": norm}
 
     def layerwise_step(state: State, tokens: jax.Array) -> tuple[jax.Array, Any, Any, dict]:
-        step = galore_jax.value_and_update(loss_fn, tx, clip_norm=clip)
-        updated = step(state["params"], state["opt_state"], tokens, rounding_key=key_of(state))
-        return *updated, {}
+        before, key = (state["params"], state["opt_state"]), key_of(state)
+        if not skip_nonfinite:
+            step = galore_jax.value_and_update(loss_fn, tx, clip_norm=clip)
+            return *step(*before, tokens, rounding_key=key), {}
+        loss, norm = value_and_norm(model_of, state["params"], tokens)
+        share = 1.0 if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
+
+        def update(params: dict, opt_state: Any) -> tuple[Any, Any]:
+            clipped = lambda *args: share * loss_fn(*args)  # noqa: E731
+            step = galore_jax.value_and_update(clipped, tx)
+            return step(params, opt_state, tokens, rounding_key=key)[1:]
+
+        after = jax.lax.cond(is_finite(loss, norm), update, lambda *old: old, *before)
+        return loss, *after, {"grad_norm": norm}
 
     def train_step(state: State, tokens: jax.Array) -> tuple[State, dict]:
         one_step = layerwise_step if tier == "layerwise" else whole_step
         loss, params, opt_state, measured = one_step(state, tokens)
-        metrics = {"loss": loss, "learning_rate": schedule(state["step"])} | measured
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        # The optimizer has not counted the steps that were skipped.
+        rate = schedule(state["step"] - state["skipped"])
+        metrics = {"loss": loss, "learning_rate": rate} | measured
+        counts = {name: state[name] for name in ("skipped", "skipped_in_a_row")}
+        if skip_nonfinite:
+            skipped = 1 - is_finite(loss, measured["grad_norm"]).astype(jnp.int32)
+            counts = {
+                "skipped": state["skipped"] + skipped,
+                "skipped_in_a_row": skipped * (state["skipped_in_a_row"] + 1),
+            }
+            metrics |= counts
+        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        return new | counts, metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def is_finite(loss: jax.Array, norm: jax.Array) -> jax.Array:
+    """Whether a step may be taken: the loss is a finite number, and the gradient's norm is."""
+    return jnp.isfinite(loss) & jnp.isfinite(norm)
 
 
 def make_eval_step(model_of: ModelOf) -> Callable[..., jax.Array]:

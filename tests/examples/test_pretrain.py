@@ -12,9 +12,9 @@ import optax
 import pytest
 from flax import nnx
 
+from examples import checkpoints, llama, optimizers, pretrain, runs, sampling, streaming, training
 from examples import config as config_lib
 from examples import data as data_lib
-from examples import llama, optimizers, pretrain, runs, sampling, streaming, training
 from examples.errors import UserError
 
 SMALL = llama.LlamaConfig(300, 32, 48, heads=2, layers=2, kv_heads=1)
@@ -57,12 +57,10 @@ def checkpoint(name: str, step: int, config: config_lib.Config) -> dict:
     _, params = llama.create(pretrain.model_config(config), config.seed)
     tx = pretrain.make_optimizer(config, schedule)
     abstract = jax.eval_shape(lambda p: training.new_state(p, tx), params)
-    manager = runs.checkpoint_manager(pathlib.Path(name), keep=10)
-    assert manager.latest_step() == step
+    assert checkpoints.choose(pathlib.Path(name)) == step
     data = iter(data_lib.load(config.data, vocab_size=300, seq_len=16, batch_size=4, seed=0).train)
-    state = runs.restore(manager, pathlib.Path(name), abstract, data)
-    manager.close()
-    return {"state": state, "data": data.get_state()}
+    with checkpoints.opened(pathlib.Path(name), keep=10, data=data) as saver:
+        return {"state": saver.restore(step, abstract), "data": data.get_state()}
 
 
 # --- End to end ---
@@ -164,7 +162,9 @@ def test_tiers_train_alike_and_continue_each_other(folder):
     flags = ["--steps", "12", "--clip", "0.3", "--loss-chunk", "9600", "--sample-tokens", "0"]
     flags += ["--method", "svd"]  # Of one gradient, to rounding, one projector.
     for tier in ("full", "subspace", "layerwise"):
-        assert run(*flags, "--tier", tier, "--run-dir", tier) == 0
+        # Which takes the norm of the gradient in all of them.
+        skip = ["--skip-nonfinite", "1"] if tier == "layerwise" else []
+        assert run(*flags, "--tier", tier, *skip, "--run-dir", tier) == 0
     assert run(*flags, "--run-dir", "mixed", "--stop-at", "7") == 0
     assert pretrain.main(["--resume", "mixed", "--tier", "layerwise"]) == 0
     rows = {name: metrics(name) for name in ("full", "subspace", "layerwise", "mixed")}
@@ -173,9 +173,10 @@ def test_tiers_train_alike_and_continue_each_other(folder):
             expected = [row[key] for row in rows["full"] if key in row]
             assert [r[key] for r in rows[name] if key in r] == pytest.approx(expected, rel=1e-5)
     norms = [row["grad_norm"] for row in rows["full"]]
-    assert [row["grad_norm"] for row in rows["subspace"]] == pytest.approx(norms, rel=1e-4)
+    for name in ("subspace", "layerwise"):
+        assert [row["grad_norm"] for row in rows[name]] == pytest.approx(norms, rel=1e-4)
     assert max(norms) > 0.3
-    assert not any("grad_norm" in row for row in rows["layerwise"])
+    assert not any("grad_norm" in row for row in rows["mixed"][7:])
 
 
 @pytest.mark.slow
@@ -367,14 +368,6 @@ def test_mistakes_end_without_a_traceback(folder, capsys):
     for text in pathlib.Path("texts").iterdir():
         text.write_text(text.read_text() + " zeta")
     assert pretrain.main(flags) == 2 and "text has changed" in capsys.readouterr().err
-
-
-def test_resume_without_a_checkpoint(folder, capsys):
-    assert run("--steps", "2", "--run-dir", "there", "--sample-tokens", "0") == 0
-    capsys.readouterr()
-    pathlib.Path("there/checkpoints").rename("gone")
-    assert pretrain.main(["--resume", "there"]) == 2
-    assert "no complete checkpoint" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(folder, capsys):
