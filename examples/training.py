@@ -120,8 +120,7 @@ def make_train_step(
         share = 1.0 if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
 
         def update(params: dict, opt_state: Any) -> tuple[Any, Any]:
-            clipped = lambda *args: share * loss_fn(*args)  # noqa: E731
-            step = galore_jax.value_and_update(clipped, tx)
+            step = galore_jax.value_and_update(lambda *args: share * loss_fn(*args), tx)
             return step(params, opt_state, tokens, rounding_key=key)[1:]
 
         after = jax.lax.cond(is_finite(loss, norm), update, lambda *old: old, *before)

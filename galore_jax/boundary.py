@@ -14,22 +14,27 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from galore_jax.control import as_auto, explicit_mesh, sharding_of
 from galore_jax.matrix.trees import bare
+from galore_jax.meshes import as_auto, everywhere, explicit_mesh, sharding_of
 from galore_jax.metadata import named
 from galore_jax.precision import compiled_if_narrow
 from galore_jax.projector.gradient import is_projected
 from galore_jax.projector.update import FactoredUpdate
 from galore_jax.sharding import factor_specs, state_sharding
-from galore_jax.state import Asked
+from galore_jax.state import is_asking
 
 
 def transformation(
     init: Callable[..., Any], update: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation of bare arrays, made fit for what users have."""
+    """A transformation of bare arrays, made fit for what users have.
+
+    Args:
+        init: from parameters to a state.
+        update: as of an `optax.GradientTransformationExtraArgs`.
+    """
     plain = optax.GradientTransformationExtraArgs(
         compiled_if_narrow(init), compiled_if_narrow(update)
     )
@@ -43,25 +48,21 @@ def transformation(
             state = as_auto(mesh, plain.init, params, like=lambda _: where)
         return named(plain, state, given)
 
+    def within(updates, state, params, extra_args):
+        return plain.update(updates, state, params, **extra_args)
+
     def update_fn(updates, state, params=None, **extra_args):
-        given = updates, state, params
-        updates, state, params = (bare(x) for x in given)
-        everything: Any = updates, state, params, extra_args
-        if isinstance(state, Asked) or (mesh := explicit_mesh(everything)) is None:
-            out, new = plain.update(updates, state, params, **extra_args)  # type: ignore[arg-type]
-        else:
-            weights = updates if params is None else params
+        args: Any = *map(bare, (updates, state, params)), extra_args
+        mesh = None if is_asking(args[1]) else explicit_mesh(args)
+        weights = args[0] if params is None else args[2]
 
-            def within(updates, state, params, extra_args):
-                return plain.update(updates, state, params, **extra_args)
+        def like(result):
+            treedef = jax.tree.structure(weights)
+            specs = map(_as_weight, jax.tree.leaves(weights), treedef.flatten_up_to(result[0]))
+            return treedef.unflatten(specs), jax.tree.map(sharding_of, args[1])
 
-            def like(result):
-                treedef = jax.tree.structure(weights)
-                specs = map(_as_weight, jax.tree.leaves(weights), treedef.flatten_up_to(result[0]))
-                return treedef.unflatten(specs), jax.tree.map(sharding_of, state)
-
-            out, new = as_auto(mesh, within, *everything, like=like)
-        return _boxed_as(given[0], updates, out), _boxed_as(given[1], state, new)
+        out, new = within(*args) if mesh is None else as_auto(mesh, within, *args, like=like)
+        return _boxed_as(updates, args[0], out), _boxed_as(state, args[1], new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -79,9 +80,8 @@ def _as_weight(w: jax.Array, update: Any) -> Any:
     if not isinstance(update, FactoredUpdate):
         return sharding
     p, low_rank = factor_specs(update.view, sharding.spec)
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     return dataclasses.replace(
-        jax.tree.map(lambda _: everywhere, update),
+        everywhere(sharding.mesh)(update),
         projector=NamedSharding(sharding.mesh, p),
         low_rank=NamedSharding(sharding.mesh, low_rank),
     )

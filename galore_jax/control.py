@@ -1,4 +1,4 @@
-"""What depends on where a function is traced: not at all, under `shard_map`, on a mesh."""
+"""Conditionals, loops and means of the library: also called eagerly, and under `shard_map`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.core
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def cond(which: jax.Array | bool, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
@@ -62,9 +61,8 @@ def names_of(axis_name: str | Iterable[str] | None, asked_by: str, needed: bool)
             name = repr(axes[0]) if len(axes) == 1 else repr(axes)
             raise ValueError(
                 f"{asked_by}: under a shard_map over {axes} each device would go by its own part "
-                f"of the batch. Pass axis_name={name}, and "
-                "gradients are averaged over it; or axis_name=(), where each device trains a "
-                "model of its own"
+                f"of the batch. Pass axis_name={name}, and gradients are averaged over it; or "
+                "axis_name=(), where each device trains a model of its own"
             )
         return ()
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -95,55 +93,3 @@ def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, missing, to="varying")
     return lax.pvary(x, missing)  # of older JAX
-
-
-def auto_mesh(arrays: Any) -> Any:
-    """The mesh of several devices that work is to be shared over, None where there is none.
-
-    That of `jax.set_mesh`, or else of the arrays. Its axes are Auto: XLA places what is computed.
-    """
-    meshes = [jax.sharding.get_abstract_mesh()]
-    meshes += [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
-    mesh = next((mesh for mesh in meshes if not mesh.empty), None)
-    if mesh is None or mesh.size == 1 or set(mesh.auto_axes) != set(mesh.axis_names):
-        return None
-    return mesh
-
-
-def sharding_of(x: jax.Array) -> NamedSharding:
-    """How an array lies, as far as its type says."""
-    return jax.typeof(x).sharding
-
-
-def explicit_mesh(tree: Any) -> Any:
-    """The mesh with Explicit axes on which arrays of a tree lie, if they do."""
-    meshes = (sharding_of(x).mesh for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
-    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
-
-
-def as_auto(mesh: Any, function: Callable[..., Any], *args: Any, like: Callable[[Any], Any]) -> Any:
-    """`function(*args)` with all axes of a mesh Auto within.
-
-    Args:
-        mesh: from `explicit_mesh`.
-        function: of trees of arrays.
-        *args: trees, on that mesh.
-        like: from the result to how it is to lie, a tree of shardings.
-    """
-    auto = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
-
-    def put(x, mesh, spec):
-        put_to = NamedSharding(mesh, spec)
-        return jax.sharding.reshard(x, put_to) if isinstance(x, jax.Array) else x
-
-    with jax.sharding.use_abstract_mesh(auto):
-        out = function(*jax.tree.map(lambda x: put(x, auto, PartitionSpec()), args))
-    leaves, treedef = jax.tree.flatten(out)
-    specs = [s.spec for s in jax.tree.leaves(like(out))]
-    return treedef.unflatten([put(x, mesh, s) for x, s in zip(leaves, specs, strict=True)])
-
-
-def everywhere(mesh: Any) -> Callable[[Any], Any]:
-    """For `as_auto`: a result that is replicated."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return lambda result: jax.tree.map(lambda _: replicated, result)

@@ -12,10 +12,9 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from galore_jax.matrix.trees import bare, is_boxed
+from galore_jax.matrix.trees import bare, is_boxed, shapes
 from galore_jax.sharding import Axes, Names, axes_of_state
 
 # Where no mesh is at hand, what its axes are thought to be at most.
@@ -40,10 +39,8 @@ def named(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
     fields = [_field(x) for x in boxes]
     if not any(fields):
         return state
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), bare(params)
-    )
-    parameters = jax.tree.leaves(shapes)
+    like = shapes(bare(params))
+    parameters = jax.tree.leaves(like)
     given = [
         [() if name is None else (name,) for name in _names(box, field)]
         if field
@@ -61,7 +58,7 @@ def named(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
         return _boxed(boxes[axes.owner], value, field, _named(axes, sizes))
 
     return treedef.unflatten(
-        jax.tree.leaves(axes_of_state(tx, shapes, given, place), is_leaf=is_boxed)
+        jax.tree.leaves(axes_of_state(tx, like, given, place), is_leaf=is_boxed)
     )
 
 

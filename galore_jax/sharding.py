@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_jax.matrix.trees import bare, owners, path_string
+from galore_jax.matrix.trees import bare, owners, path_string, shapes
 from galore_jax.matrix.view import MatrixView
 from galore_jax.quantize import layout
 from galore_jax.state import ask, is_state
@@ -93,19 +93,19 @@ def state_sharding(
     References:
         Rajbhandari et al., `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020
     """
-    shapes = jax.tree.map(_shape, bare(params))
-    given, make, sizes = _read(shardings, shapes)
-    parameters = jax.tree_util.tree_leaves_with_path(shapes)
+    like = shapes(bare(params))
+    given, make, sizes = _read(shardings, like)
+    parameters = jax.tree_util.tree_leaves_with_path(like)
     names = [
         _names(path_string(path), len(x.shape), spec)
         for (path, x), spec in zip(parameters, given, strict=True)
     ]
-    return axes_of_state(tx, shapes, names, lambda axes: make(_spec(axes, sizes, spread)))
+    return axes_of_state(tx, like, names, lambda axes: make(_spec(axes, sizes, spread)))
 
 
 def axes_of_state(
     tx: optax.GradientTransformation,
-    shapes: Any,
+    params: Any,
     names: list[list[Names]],
     place: Callable[[Axes], Any],
 ) -> Any:
@@ -113,20 +113,20 @@ def axes_of_state(
 
     Args:
         tx: the optimizer.
-        shapes: the parameters' shapes, a tree of `jax.ShapeDtypeStruct`s.
+        params: the parameters' shapes, a tree of `jax.ShapeDtypeStruct`s.
         names: by parameter and axis the names of its axes.
         place: what to make of the axes of an array of the state.
 
     Returns:
         A tree like the state of what was made.
     """
-    state = jax.eval_shape(tx.init, shapes)
+    state = jax.eval_shape(tx.init, params)
     leaves, state_def = jax.tree.flatten(state)
-    owner, projectors = owners(tx.init, state, shapes), _projectors(state_def)
+    owner, projectors = owners(tx.init, state, params), _projectors(state_def)
     views = {
-        view.path: view for answer, *_ in ask(tx, shapes, state) for view in answer.where.views
+        view.path: view for answer, *_ in ask(tx, params, state) for view in answer.where.views
     }
-    parameters = jax.tree_util.tree_leaves_with_path(shapes)
+    parameters = jax.tree_util.tree_leaves_with_path(params)
 
     def one(i: int, x: jax.ShapeDtypeStruct) -> Any:
         if (mine := owner[i]) is None:
@@ -142,10 +142,6 @@ def axes_of_state(
     return state_def.unflatten([one(i, x) for i, x in enumerate(leaves)])
 
 
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-
 def factor_specs(view: MatrixView, spec: PartitionSpec) -> tuple[PartitionSpec, PartitionSpec]:
     """How the projector and the low-rank gradient of a weight lie, given how it does."""
     names = _names(view.path, len(view.shape), spec)
@@ -154,14 +150,14 @@ def factor_specs(view: MatrixView, spec: PartitionSpec) -> tuple[PartitionSpec, 
     return p, low_rank
 
 
-def _read(shardings: Any, shapes: Any) -> tuple[list[Any], Any, dict[str, int]]:
+def _read(shardings: Any, params: Any) -> tuple[list[Any], Any, dict[str, int]]:
     """By leaf its spec; what makes a result of one; the sizes of the mesh's axes."""
 
     def is_leaf(x):
         return isinstance(x, NamedSharding | PartitionSpec) or x is None
 
     whole = jax.tree.map(
-        lambda s, part: jax.tree.map(lambda _: s, part), bare(shardings), shapes, is_leaf=is_leaf
+        lambda s, part: jax.tree.map(lambda _: s, part), bare(shardings), params, is_leaf=is_leaf
     )
     flat = jax.tree.leaves(whole, is_leaf=is_leaf)
     kinds = {type(s) for s in flat}

@@ -13,7 +13,7 @@ import optax
 
 from galore_jax.call import Call, update_with
 from galore_jax.matrix.plan import Plan, sites
-from galore_jax.matrix.trees import Sites, bare
+from galore_jax.matrix.trees import Sites, bare, shapes
 from galore_jax.projector.basis import Methods
 from galore_jax.settings import Settings
 
@@ -149,6 +149,11 @@ def _asking(opt_state: Any, answers: Answers, lifted: Any = None) -> tuple[Any, 
     return jax.tree.map(number, bare(opt_state), is_leaf=is_state), states
 
 
+def is_asking(opt_state: Any) -> bool:
+    """Whether an optimizer's state holds one that asks, and nothing is to be computed."""
+    return bool(_asked(opt_state))
+
+
 def _asked(tree: Any) -> list[Asked]:
     return [x for x in jax.tree.leaves(tree, is_leaf=_is_asked) if _is_asked(x)]
 
@@ -186,11 +191,10 @@ def answer(
     needs: str | None = None,
 ) -> tuple[Any, Asked]:
     """Note what a galore would do; it hands updates and the asking state back."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     gap = settings.update_proj_gap
     asked.answers[asked.number] = Answer(
         plan=settings.plan(params),
-        params=shapes,
+        params=shapes(params),
         inner=inner,
         methods=settings.methods,
         gap=None if isinstance(gap, jax.core.Tracer) else gap,

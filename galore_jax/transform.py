@@ -169,19 +169,18 @@ def _around(
     """`galore` with its options."""
 
     def init_fn(params):
-        return _init(settings, inner, bare(params))
+        return _init(settings, inner, params)
 
     def update_fn(updates, state, params=None, *, galore: Call | None = None, **extra_args):
-        given, updates, params = updates, bare(updates), bare(params)
         if isinstance(state, Asked):
             like = updates if params is None else params
             plan = settings.plan(like)
             where = sites(plan, jax.tree.structure(like))
             checks.check_projectors(plan, where, state.state.projector, settings.storage)
-            return answer(given, state, settings, like, inner, galore)
+            return answer(updates, state, settings, like, inner, galore)
         call = galore or Call()
         out, state = _update(settings, inner, updates, state, params, call, extra_args)
-        treedef = jax.tree.structure(given, is_leaf=is_projected)
+        treedef = jax.tree.structure(updates, is_leaf=is_projected)
         return jax.tree.unflatten(treedef, out), state
 
     inner = optax.with_extra_args_support(inner)

@@ -7,8 +7,12 @@ folder for the session.
 """
 
 import os
+import pathlib
 import shutil
 import tempfile
+
+import numpy as np
+import pytest
 
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -28,3 +32,21 @@ def pytest_unconfigure():
     """The process that made the folder removes it; workers have ended by then."""
     for folder in _made:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> pathlib.Path:
+    """A folder with some text, in which the model called tiny is a smaller one."""
+    from examples import llama  # It imports JAX, which the settings above come before.
+    from tests.small_run import SMALL
+
+    monkeypatch.setitem(llama.CONFIGS, "tiny", SMALL)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    words = ["alpha", "beta", "gamma", "delta", "while", "return"]
+    for i in range(12):
+        order = np.random.default_rng(i).integers(0, len(words), 300)
+        (texts / f"{i}.txt").write_text(" ".join(words[j] for j in order))
+    return tmp_path

@@ -9,7 +9,7 @@ from flax import nnx
 
 from benchmarks import low_rank
 from examples import llama, optimizers, training
-from tests.examples.test_pretrain import FLAGS, GALORE, SMALL, folder, metrics  # noqa: F401
+from tests.small_run import FLAGS, GALORE, SMALL, metrics
 
 RANK = 4
 KINDS = ("lora", "relora", "low_rank", "refactored")
@@ -136,7 +136,7 @@ def test_the_rate_warms_up_after_each_restart():
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_the_uninterrupted_one(folder):  # noqa: F811
+def test_resumed_run_equals_the_uninterrupted_one(folder):
     own = ["--weights", "relora", *GALORE]
     flags = ["--data", "texts", *FLAGS, "--steps", "12", "--save-every", "100"]
     flags += ["--sample-tokens", "5"]
@@ -147,7 +147,7 @@ def test_resumed_run_equals_the_uninterrupted_one(folder):  # noqa: F811
     assert metrics("parts") == metrics("whole")
 
 
-def test_flags_that_do_not_go_together(folder, capsys):  # noqa: F811
+def test_flags_that_do_not_go_together(folder, capsys):
     for flags, says in (
         (["--weights", "lora", "--tier", "layerwise"], "--tier full"),
         (["--weights", "low_rank", "--rank", "999"], "--rank 999"),

@@ -206,9 +206,9 @@ mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
 params = {"a": jax.ShapeDtypeStruct((12, 32, 64), jnp.float32),
           "b": jax.ShapeDtypeStruct((4, 32, 64), jnp.float32)}
 
-def program(tx, spec):
+def program(tx, spec, spread=True):
     where = jax.tree.map(lambda _: NamedSharding(mesh, spec), params)
-    of_state = galore_jax.state_sharding(tx, params, where)
+    of_state = galore_jax.state_sharding(tx, params, where, spread=spread)
     like = lambda tree, at: jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at)
     p, s = like(params, where), like(jax.eval_shape(tx.init, params), of_state)
@@ -227,6 +227,11 @@ for spec in (P(None, None, "fsdp"), P(None, "fsdp")):
         looks = more["method"] != "random"
         # Of 16 matrices each device has two.
         assert ("f32[2,32,64]" in text) == looks, (spec, more)
+
+# Weights on every device: nothing is sent but in a refresh.
+tx = galore_jax.galore_adamw(1e-2, **options | {"method": "svd"})
+branches, entry = program(tx, P(), spread=False).split("ENTRY ")
+assert "all-gather" in branches and not re.search("all-(gather|reduce|to-all)", entry)
 """,
     )
 

@@ -103,7 +103,9 @@ def _rotate(inner_state, next_state, where: Sites, old, now: Projectors) -> Any:
             after = {k: _change_basis(c, wide[k]) for k in _FIRST if k in wide}
             if _SECOND in wide:
                 mean = wide["mu"] / debias1 if "mu" in wide else jnp.zeros_like(wide[_SECOND])
-                variance = wide[_SECOND] / debias2 - mean**2
+                # What overflowed stays large: infinity less infinity would be NaN.
+                most = jnp.finfo(view.dtype).max
+                variance = jnp.minimum(wide[_SECOND] / debias2, most) - jnp.minimum(mean**2, most)
                 squared = [None if x is None else x**2 for x in c]
                 moved = _change_basis(squared, variance) + _change_basis(c, mean) ** 2
                 after[_SECOND] = debias2 * jnp.abs(moved)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_jax.matrix.view import MatrixView
@@ -45,6 +46,11 @@ def bare(tree: Any) -> Any:
         return x.get_value() if hasattr(x, "get_value") else x.raw_value
 
     return jax.tree.map(lambda x: value(x) if is_boxed(x) else x, tree, is_leaf=is_boxed)
+
+
+def shapes(tree: Any) -> Any:
+    """Shapes and dtypes of the arrays of a tree."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
 class Sites(NamedTuple):

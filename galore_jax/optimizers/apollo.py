@@ -18,7 +18,7 @@ from galore_jax.boundary import transformation
 from galore_jax.call import Call
 from galore_jax.inner.residual import column_ratio, limit_norm_growth
 from galore_jax.matrix.plan import sites, warn_about
-from galore_jax.matrix.trees import Sites, bare
+from galore_jax.matrix.trees import Sites
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.wrap import with_rate
 from galore_jax.precision import wide
@@ -99,7 +99,6 @@ def scale_by_apollo(
         return column_ratio(whole, new, old)
 
     def init_fn(params):
-        params = bare(params)
         plan = settings.plan(params)
         warn_about(plan)
         where = sites(plan, jax.tree.structure(params))
@@ -132,7 +131,6 @@ def scale_by_apollo(
         return now.stored, now.refreshed
 
     def update_fn(updates, state, params=None, *, galore: Call | None = None, **extra_args):
-        updates, params = bare(updates), bare(params)
         like = updates if params is None else params
         if isinstance(state, Asked):
             return answer(updates, state, settings, like, inner, galore, _NAME)

@@ -19,8 +19,9 @@ import optax
 from galore_jax import quantize
 from galore_jax.boundary import transformation
 from galore_jax.compiler import in_one_piece
-from galore_jax.control import alike, auto_mesh
-from galore_jax.matrix.trees import bare, path_string
+from galore_jax.control import alike
+from galore_jax.matrix.trees import path_string
+from galore_jax.meshes import auto_mesh
 from galore_jax.precision import debias
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, Format
 
@@ -211,7 +212,6 @@ def _check_state(name: str, state: Any, wanted: type) -> None:
 
 def _init(name: str, params: optax.Params, formats: Sequence[Format]) -> list[optax.Updates]:
     """Trees of the moments and then of their scales, for zeros."""
-    params = bare(params)
 
     def leaf(path, x):
         shape, dtype = jnp.shape(x), jnp.result_type(x)
@@ -241,10 +241,9 @@ def _update(
     Returns:
         Trees of the updates, and of each moment and its scales.
     """
-    given, updates = updates, bare(updates)
     treedef = jax.tree.structure(updates)
     grads = treedef.flatten_up_to(updates)
-    like = grads if params is None else treedef.flatten_up_to(bare(params))
+    like = grads if params is None else treedef.flatten_up_to(params)
     moments, scales = ([treedef.flatten_up_to(t) for t in trees] for trees in (moments, scales))
 
     outs, new_moments, new_scales = [], [], []
@@ -261,8 +260,7 @@ def _update(
     def trees(leaves):
         return [treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(len(formats))]
 
-    out = jax.tree.unflatten(jax.tree.structure(given), outs)
-    return out, trees(new_moments), trees(new_scales)
+    return treedef.unflatten(outs), trees(new_moments), trees(new_scales)
 
 
 def _guarded(step: Callable, rates, g, *moments):

@@ -18,7 +18,6 @@ from galore_jax.boundary import transformation
 from galore_jax.call import Call
 from galore_jax.inner.residual import outside_of
 from galore_jax.matrix.plan import sites
-from galore_jax.matrix.trees import bare
 from galore_jax.optimizers.wrap import with_rate
 from galore_jax.precision import debias
 from galore_jax.projector.project import lift
@@ -96,8 +95,7 @@ def scale_by_ldadam(
     tx: Any = galore(optax.scale_by_adam(b1, b2, eps), **every_step)
 
     def init_fn(params):
-        plain = bare(params)
-        where = sites(settings.plan(plain), jax.tree.structure(plain))
+        where = sites(settings.plan(params), jax.tree.structure(params))
         error = where.only(jnp.zeros(view.shape, view.dtype) for view in where.views)
         return LDAdamState(tx.init(params), error)
 
@@ -107,7 +105,6 @@ def scale_by_ldadam(
             answers, number = asked.answers, asked.number
             answers[number] = answers[number]._replace(needs=_NAME)
             return out, state._replace(galore=asked)
-        updates, params = bare(updates), bare(params)
         like = updates if params is None else params
         where = sites(settings.plan(like), jax.tree.structure(like))
         views, grads = where.views, where.pick(updates)

@@ -16,7 +16,6 @@ import optax
 from galore_jax import checks
 from galore_jax.boundary import transformation
 from galore_jax.matrix.plan import sites, warn_about
-from galore_jax.matrix.trees import bare
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.wrap import in_float32, with_rate
 from galore_jax.projector.project import contract
@@ -131,15 +130,13 @@ def galore_muon(
     )
 
     def init_fn(params):
-        params = bare(params)
         # `in_subspace` does not see the leaves that it should miss.
         warn_about(settings.plan(params))
         return tx.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         checks.check_full(updates, "galore_muon")
-        out, state = tx.update(bare(updates), state, bare(params), **extra_args)
-        return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(out)), state
+        return tx.update(updates, state, params, **extra_args)
 
     return transformation(init_fn, update_fn)
 

@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.compiler import in_one_piece
-from galore_jax.control import auto_mesh, cond
+from galore_jax.control import cond
 from galore_jax.matrix.view import MatrixView
+from galore_jax.meshes import auto_mesh
 from galore_jax.projector.basis import Method, Methods, align_signs, at_step, looks_at_gradients
 from galore_jax.projector.gradient import ProjectedGradient, is_projected, unpack
 from galore_jax.projector.schedule import Schedule, cuts, sizes
@@ -53,7 +54,7 @@ def refresh(
     last: Sequence[jax.Array],
     when: Schedule,
     methods: Methods,
-    spread: bool = False,
+    few: bool = False,
 ) -> Projectors:
     """The projectors that are due, from this step's gradients or as these bring them.
 
@@ -67,7 +68,7 @@ def refresh(
         last: the steps that they were made at, int32 of each view's batch shape.
         when: from `schedule`.
         methods: from `basis.methods`.
-        spread: whether few matrices are due at a step, rather than all at some.
+        few: whether few matrices are due at a step, rather than all at some.
 
     Returns:
         A `Projectors`. A matrix whose gradient is zero or not finite keeps its projector, and so
@@ -84,7 +85,7 @@ def refresh(
     if full and when.any_due is not False:
         some = when.of(views, full)
         picked = ([x[i] for i in full] for x in (views, grads, old, last))
-        made = _recompute(*map(tuple, picked), some, methods, spread)
+        made = _recompute(*map(tuple, picked), some, methods, few)
         for i, p, step in zip(full, *made, strict=True):
             new[i], refreshed[i] = p, step
         possible = when.any_due
@@ -100,7 +101,7 @@ def _recompute(
     last: Sequence[jax.Array],
     when: Schedule,
     methods: Methods,
-    spread: bool,
+    few: bool,
 ) -> tuple[list[Stored], list[jax.Array]]:
     """The projectors, and the steps that they were made at."""
     groups: dict[tuple, list[list[int]]] = {}
@@ -120,7 +121,7 @@ def _recompute(
                 [old[i] for i in members],
                 when.of(views, members),
                 methods,
-                spread,
+                few,
             )
             for i, p, step in zip(members, *made, strict=True):
                 new[i], refreshed[i] = p, step
@@ -132,7 +133,7 @@ def _recompute(
     return cond(when.any_due, recompute, keep)
 
 
-def _together(views, grads, old, when: Schedule, methods: Methods, spread: bool):
+def _together(views, grads, old, when: Schedule, methods: Methods, few: bool):
     """Refresh matrices of one shape: one after the other in one loop, on a mesh in shares."""
     view, size_of = views[0], sizes(views)
     mesh = auto_mesh(grads)
@@ -155,13 +156,14 @@ def _together(views, grads, old, when: Schedule, methods: Methods, spread: bool)
         "old": jax.tree.map(lambda *x: jnp.concatenate(x), *rows),
         "last": when.last,
         "due": when.due,
+        "count": jnp.broadcast_to(when.count, when.due.shape),
     }
 
-    def one(slot, gradient, largest=None):
+    def one(slot, gradient):
         def due():
-            seed = (slot["seed"], slot["step"], slot["layer"])
+            seed, largest = (slot["seed"], slot["step"], slot["layer"]), slot.get("largest")
             p, done = renew(view.matrix, gradient(), slot["old"], seed, methods, largest)
-            return p, jnp.where(done, slot.get("count", when.count), slot["last"])
+            return p, jnp.where(done, slot["count"], slot["last"])
 
         return cond(slot["due"], due, lambda: (slot["old"], slot["last"]))
 
@@ -170,15 +172,14 @@ def _together(views, grads, old, when: Schedule, methods: Methods, spread: bool)
     else:
         # Found where the gradients lie, before any is moved.
         slots["largest"] = jnp.max(jnp.abs(matrices.astype(view.dtype)), axis=(1, 2))
-        slots["count"] = jnp.broadcast_to(when.count, when.due.shape)
         if looks_at_gradients(methods):
             slots["gradient"] = matrices
 
         def alone(slot):
             nothing = jnp.zeros((view.m, view.n), view.dtype)
-            return one(slot, lambda: slot.get("gradient", nothing), slot["largest"])
+            return one(slot, lambda: slot.get("gradient", nothing))
 
-        made = _on_mesh(mesh, alone, slots, spread)
+        made = _on_mesh(mesh, alone, slots, few)
     like = [(p, jax.ShapeDtypeStruct(v.batch, jnp.int32)) for v, p in zip(views, old, strict=True)]
     if len(views) == 1:
         parts = [jax.tree.map(lambda x, p: x.reshape(p.shape), made, like[0])]
@@ -199,21 +200,19 @@ def _together(views, grads, old, when: Schedule, methods: Methods, spread: bool)
     return [p for p, _ in parts], [step for _, step in parts]
 
 
-def _on_mesh(mesh: Any, one: Callable, slots: dict[str, Any], spread: bool) -> Any:
+def _on_mesh(mesh: Any, one: Callable, slots: dict[str, Any], few: bool) -> Any:
     """Refresh matrices in shares, or, where no more are due than are a share, each everywhere."""
-    old = slots["old"], slots["last"]
-
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    old, replicated = (slots["old"], slots["last"]), NamedSharding(mesh, PartitionSpec())
 
     def shared():
-        made, steps = each_its_share(mesh, functools.partial(jax.lax.map, one), slots)
+        made = each_its_share(mesh, functools.partial(jax.lax.map, one), slots)
         # Else it would be brought together after the conditional, at every step.
-        return made, jax.lax.with_sharding_constraint(steps, everywhere)
+        return jax.lax.with_sharding_constraint(made, replicated)
 
-    if not spread:
+    if not few:
         return shared()
-    few = jnp.sum(slots["due"]) <= -(-slots["due"].size // mesh.size)
-    return cond(few, lambda: one_by_one(slots["due"], one, slots, old), shared)
+    no_more = jnp.sum(slots["due"]) <= -(-slots["due"].size // mesh.size)
+    return cond(no_more, lambda: one_by_one(slots["due"], one, slots, old), shared)
 
 
 def renew(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_jax.control import auto_mesh
+from galore_jax.meshes import auto_mesh
 
 
 def each_its_share(mesh: Any, work: Callable[[Any], Any], stack: Any) -> Any:

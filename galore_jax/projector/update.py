@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.control import alike, as_auto, auto_mesh, explicit_mesh, sharding_of
+from galore_jax.control import alike
 from galore_jax.matrix.view import MatrixView
+from galore_jax.meshes import as_auto, auto_mesh, explicit_mesh, sharding_of
 from galore_jax.precision import wide
 from galore_jax.projector.gradient import LIGHT, ProjectedGradient
 from galore_jax.projector.project import bases, contract, lift
@@ -82,8 +83,8 @@ class FactoredUpdate:
         flat = functools.partial(jax.tree.map, lambda x: x.reshape(count, *x.shape[axes:]))
         parts = flat((projector, low_rank, decay))
         if auto_mesh(w) is not None:  # a loop over an axis that is cut would bring along all of it
-            each = jax.vmap(added)(flat(w), *parts, np.arange(count, dtype=np.int32))  # type: ignore[call-arg]
-            return each.reshape(w.shape)
+            all_of_them = flat(w), *parts, np.arange(count, dtype=np.int32)
+            return jax.vmap(lambda x: added(*x))(all_of_them).reshape(w.shape)
 
         def body(i, w):
             def at(x):

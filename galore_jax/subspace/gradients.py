@@ -192,7 +192,9 @@ class _Tap(NamedTuple):
     turn: Turn | None
 
 
-def _taps(tx, params, opt_state, refresh: bool, *rule) -> dict[int, _Tap]:
+def _taps(
+    tx, params, opt_state, refresh: bool, axis_name: tuple[str, ...], exact_norm: bool
+) -> dict[int, _Tap]:
     """What `tx` would do at this step with each leaf that it projects, by position."""
     positions = {
         path_string(path): i
@@ -216,7 +218,8 @@ def _taps(tx, params, opt_state, refresh: bool, *rule) -> dict[int, _Tap]:
         for view, p, due, layer, step in rows:
             if view.batch_leads:
                 turn = Turn(due, layer, step) if refresh else None
-                taps[positions[view.path]] = _Tap(Rule(view, answer.methods, *rule), p, turn)
+                rule = Rule(view, answer.methods, axis_name, exact_norm)
+                taps[positions[view.path]] = _Tap(rule, p, turn)
     return taps
 
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.control import as_auto, cond, everywhere, explicit_mesh, mean_over
+from galore_jax.control import cond, mean_over
 from galore_jax.matrix.view import MatrixView
+from galore_jax.meshes import as_auto, everywhere, explicit_mesh
 from galore_jax.projector.basis import Methods
 from galore_jax.projector.gradient import Basis, pack
 from galore_jax.projector.project import project
@@ -49,8 +50,8 @@ class Rule:
 
     view: MatrixView  # of the whole stack
     methods: Methods
-    axis_name: tuple[str, ...] = ()  # the mapped axes that gradients are averaged over
-    exact_norm: bool = True  # whether the norm of the full gradient is wanted
+    axis_name: tuple[str, ...]  # the mapped axes that gradients are averaged over
+    exact_norm: bool  # whether the norm of the full gradient is wanted
 
     def mean(self, x: jax.Array) -> jax.Array:
         """The mean over devices that share a batch."""

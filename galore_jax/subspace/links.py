@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.matrix.trees import path_string
+from galore_jax.matrix.trees import path_string, shapes
 from galore_jax.multiples import Group, multiples, raised_in
 from galore_jax.projector.gradient import ProjectedGradient
 from galore_jax.projector.update import FactoredUpdate, factored
@@ -42,9 +42,9 @@ def check_links(
     treedef = jax.tree.structure(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     place = {path_string(path): i for i, (path, _) in enumerate(leaves)}
-    shapes, state = jax.tree.map(_shape, (jax.tree.leaves(params), opt_state))
+    weights, state = shapes((jax.tree.leaves(params), opt_state))
     gradients = {path: gradient for path, (gradient, _) in like.items()}
-    updates = {path: _update(*like[path], shapes[place[path]]) for path in like}
+    updates = {path: _update(*like[path], weights[place[path]]) for path in like}
 
     def run(gradients, updates, leaves, state):
         given = [gradients.get(path, leaves[i]) for path, i in place.items()]
@@ -54,7 +54,7 @@ def check_links(
         others = [flat[i] for path, i in place.items() if path not in like]
         return {p: arrived[p] for p in like}, {p: flat[place[p]] for p in like}, (others, rest)
 
-    args = gradients, updates, shapes, state
+    args = gradients, updates, weights, state
     inputs = _numbered(args)
     groups = {path: _group(inputs[0][path], ("low_rank", "rest")) for path in like}
     lifted = {path: _group(inputs[1][path], ("norm",)) for path in like}
@@ -77,10 +77,6 @@ def check_links(
 def _numbered(tree: Any) -> Any:
     """The positions of its arrays in the place of a tree's arrays."""
     return jax.tree.unflatten(jax.tree.structure(tree), range(len(jax.tree.leaves(tree))))
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def _update(gradient: ProjectedGradient, projector: Any, w: Any) -> FactoredUpdate:

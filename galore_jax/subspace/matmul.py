@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.control import as_auto, everywhere, explicit_mesh, sharding_of
+from galore_jax.meshes import as_auto, everywhere, explicit_mesh, sharding_of
 from galore_jax.projector.project import bases
 from galore_jax.subspace.kernel import Kernel, Rule, Tapped, as_kernel, cotangents
 

@@ -12,32 +12,11 @@ import optax
 import pytest
 from flax import nnx
 
-from examples import checkpoints, llama, optimizers, pretrain, runs, sampling, streaming, training
+from examples import checkpoints, llama, optimizers, pretrain, sampling, streaming, training
 from examples import config as config_lib
 from examples import data as data_lib
 from examples.errors import UserError
-
-SMALL = llama.LlamaConfig(300, 32, 48, heads=2, layers=2, kv_heads=1)
-FLAGS = [
-    *("--vocab-size", "300", "--seq-len", "16", "--batch-size", "4"),
-    *("--lr", "0.03", "--log-every", "3", "--eval-batches", "2"),
-]
-GALORE = ["--rank", "4", "--update-proj-gap", "5"]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> pathlib.Path:
-    """A folder with some text, in which the model called tiny is a smaller one."""
-    monkeypatch.setitem(llama.CONFIGS, "tiny", SMALL)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    words = ["alpha", "beta", "gamma", "delta", "while", "return"]
-    for i in range(12):
-        order = np.random.default_rng(i).integers(0, len(words), 300)
-        (texts / f"{i}.txt").write_text(" ".join(words[j] for j in order))
-    return tmp_path
+from tests.small_run import FLAGS, GALORE, SMALL, metrics
 
 
 def run(*args: str) -> int:
@@ -45,10 +24,6 @@ def run(*args: str) -> int:
     name = args[args.index("--optimizer") + 1] if "--optimizer" in args else "galore_adamw"
     galore = "rank" in optimizers.OPTIMIZERS[name].options
     return pretrain.main(["--data", "texts", *FLAGS, *(GALORE if galore else ()), *args])
-
-
-def metrics(name: str) -> list[dict]:
-    return runs.read_metrics(pathlib.Path(name))
 
 
 def checkpoint(name: str, step: int, config: config_lib.Config) -> dict:

@@ -9,7 +9,7 @@ import pytest
 import galore_jax
 from examples import optimizers, training, watching
 from tests.examples.bigram import Bigram, run
-from tests.examples.test_pretrain import folder, metrics  # noqa: F401
+from tests.small_run import metrics
 
 
 class Model:
@@ -109,7 +109,7 @@ class Never(Bigram):
         return jnp.nan * super().losses(tokens, targets)
 
 
-def test_skipped_steps_are_counted_and_shown(folder, capsys):  # noqa: F811
+def test_skipped_steps_are_counted_and_shown(folder, capsys):
     flags = ["--steps", "16", "--save-every", "100", "--eval-every", "100"]
     assert run("--run-dir", "one", *flags, model=Sometimes) == 2
     assert "The loss is nan at step" in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_skipped_steps_are_counted_and_shown(folder, capsys):  # noqa: F811
     assert f"skipped={len(lost)}" in capsys.readouterr().err
 
 
-def test_too_many_in_a_row_stop_the_run(folder, capsys):  # noqa: F811
+def test_too_many_in_a_row_stop_the_run(folder, capsys):
     assert run("--run-dir", "one", "--skip-nonfinite", "3", model=Never) == 2
     (line,) = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
     assert "--skip-nonfinite 3: 3 steps in a row" in line and "to step 3 " in line

@@ -19,7 +19,7 @@ import pytest
 from examples import checkpoints, config, files, runs
 from examples.errors import UserError
 from tests.examples.bigram import run
-from tests.examples.test_pretrain import metrics
+from tests.small_run import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -71,6 +71,14 @@ def begun(tmp_path_factory):
     with contextlib.chdir(path):
         assert run("--run-dir", "whole") == 0
     return path
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C has an effect, also where the tests run in the background and it has none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

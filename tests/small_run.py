@@ -1,0 +1,16 @@
+"""A run of the example that is over in seconds: the model, the flags, what it tells."""
+
+import pathlib
+
+from examples import llama, runs
+
+SMALL = llama.LlamaConfig(300, 32, 48, heads=2, layers=2, kv_heads=1)
+FLAGS = [
+    *("--vocab-size", "300", "--seq-len", "16", "--batch-size", "4"),
+    *("--lr", "0.03", "--log-every", "3", "--eval-batches", "2"),
+]
+GALORE = ["--rank", "4", "--update-proj-gap", "5"]
+
+
+def metrics(name: str) -> list[dict]:
+    return runs.read_metrics(pathlib.Path(name))
