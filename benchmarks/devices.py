@@ -70,7 +70,7 @@ def sent(program: str, devices: int, *, refresh: bool) -> float:
             parts = re.match(r"\s+(?:ROOT )?\S+ = (.+?) ([\w\-]+)\(", line)
             if parts is None:
                 continue
-            types, operation = parts[1], parts[2].removesuffix("-start")
+            types, operation = parts.groups()
             if operation in RECEIVED:
                 total += RECEIVED[operation](devices) * size(types)
             elif operation == "while":

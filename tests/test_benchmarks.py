@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import gpu, memory, report, steps, tiers
+from benchmarks import devices, gpu, memory, report, steps, tiers
 from examples import llama
 
 SMALL = llama.LlamaConfig(256, 64, 96, heads=2, layers=2)
@@ -136,3 +136,35 @@ def test_gpu_times_one_matrix_by_method():
 def test_results_go_where_they_are_told(tmp_path):
     report.write("x", {"a": 1}, ("jax",), tmp_path / "new")
     assert json.loads((tmp_path / "new" / "x.json").read_text())["a"] == 1
+
+
+PROGRAM = """
+HloModule jit_f
+
+%body (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} all-reduce(%x), to_apply=%add
+}
+
+%refresh (x: f32[8]) -> f32[8] {
+  ROOT %y = (f32[1]{0}, /*index=1*/f32[7]{0}) all-to-all(%x), dimensions={0}
+}
+
+%plain (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %a = bf16[4,2]{1,0:T(8)} all-gather(%x), dimensions={0}
+  %w = f32[8]{0} while(%a), condition=%plain, body=%body, config={"known_trip_count":{"n":"3"}}
+  ROOT %c = f32[8]{0} conditional(%p, %w, %w), branch_computations={%plain, %refresh}
+}
+"""
+
+
+def test_bytes_sent_are_those_of_the_program():
+    plain = 16 * 7 / 8 + 3 * 32 * 2 * 7 / 8
+    assert devices.sent(PROGRAM, 8, refresh=False) == plain
+    assert devices.sent(PROGRAM, 8, refresh=True) == plain + 32 * 7 / 8
+    with pytest.raises(ValueError, match="unknown length"):
+        devices.sent(PROGRAM.replace("known_trip_count", ""), 8, refresh=False)
