@@ -4,6 +4,7 @@ from galore_jax import chaining, multi_steps
 from galore_jax.chaining import chain
 from galore_jax.layers.model import layerwise
 from galore_jax.layers.update import value_and_update
+from galore_jax.matrix.layouts import matrix_axes
 from galore_jax.matrix.specs import last_two_axes
 from galore_jax.optimizers.adafactor import galore_adafactor
 from galore_jax.optimizers.alias import (
@@ -69,6 +70,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "layerwise",
     "value_and_update",
     # Tools
+    "matrix_axes",
     "last_two_axes",
     "state_sharding",
     "summary",

@@ -9,6 +9,7 @@ folder for the session.
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import numpy as np
@@ -32,6 +33,14 @@ def pytest_unconfigure():
     """The process that made the folder removes it; workers have ended by then."""
     for folder in _made:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clear_caches():
+    """Programs of a module's tests are let go of: a process may not map as many as all of them."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture

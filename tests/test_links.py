@@ -178,10 +178,10 @@ def is_whole(make):
 
 
 def cases(*places):
-    """Whole optimizers behave alike in front and behind: both keep moments of what they see."""
+    """Whole optimizers consist of links, and belong inside."""
     for name, make in MAKERS.items():
         for place in places:
-            if not (is_whole(make) and place == "behind"):
+            if place in ("inside", "around") or not is_whole(make):
                 yield name, place
 
 
@@ -191,14 +191,9 @@ def test_in_the_subspace(name, place):
     as_with_full_gradients(name, place, "subspace")
 
 
-# Where a link stands makes no difference there, and whole optimizers consist of links.
-LINKS = [name for name, make in MAKERS.items() if not is_whole(make)]
-
-
+# Where a link stands makes no difference there.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "place"), [(n, p) for n, p in cases("front", "around") if n in LINKS]
-)
+@pytest.mark.parametrize(("name", "place"), list(cases("front", "around")))
 def test_layer_by_layer(name, place):
     as_with_full_gradients(name, place, "layerwise")
 

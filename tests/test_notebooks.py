@@ -23,6 +23,7 @@ def this_python() -> KernelManager:
     return manager
 
 
+@pytest.mark.slow
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("GALORE_JAX_NOTEBOOK_STEPS", "12")
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -27,11 +27,23 @@ from galore_jax.warn import warn
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
-# The paper projects attention and MLP matrices. Scales and biases of stacked layers are
-# 2-D, (layers, features), but no matrices.
+# The paper projects attention and MLP matrices.
+_HEADS = (
+    r"([^/]*_)?head(_?\d+)?|[^/]*logit[^/]*|score|classifier|predictions?|qa_outputs"
+    r"|vocab_proj(ection)?|unembed(ding)?|embed_out"
+)
+_TABLES = (
+    r"([^/]*_)?(embed(ding|der)?s?|embs?)(_?\d+)?|embed(ding)?_(tokens?|positions?|in|table)"
+    r"|[^/]*embed_tokens?[^/]*|wte|wpe|vocab|positions?"
+)
+# Scales and biases of stacked layers are 2-D, (layers, features), but no matrices.
+_VECTORS = r"[^/]*norm(_?\d+)?|ln(_[^/]*)?|([^/]*_)?(bias|scale)"
+_LEAF = r"kernel|weights?|w|b|g|embeddings?|table|bias|scale|gamma|beta|offset|value"
+# Of a head everything is one, of tables and norms what they hold themselves: a linear layer within
+# is a matrix. `output` is a head where nothing is around it.
 DEFAULT_EXCLUDE = (
-    r"(?i)embed|(^|/)([^/]*norm(_?\d+)?|([^/]*_)?emb|"
-    r"bias|scale|wte|wpe|vocab|(lm_?)?head|logits?(_?dense)?|score|classifier)(/|$)"
+    rf"(?i)(^|/)(({_HEADS})(/|$)|({_TABLES}|{_VECTORS})(/({_LEAF}))?$)"
+    rf"|^(params/)?output(_layer|_proj(ection)?)?(/({_LEAF}))?$"
 )
 
 # Below this many numbers a leaf that stays unprojected is not worth a warning.
@@ -85,8 +97,8 @@ def warn_about(plan: Plan) -> None:
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
         warn(
             f"galore leaves {names}{more} unprojected: an array of three or more axes needs "
-            "weight_dimension_numbers to say which axes form the matrix (for stacked layers: "
-            "weight_dimension_numbers=galore_jax.last_two_axes)"
+            "weight_dimension_numbers to say which axes form the matrix: "
+            "galore_jax.matrix_axes knows the layouts in use, or takes your word for others"
         )
     if plan and not any(isinstance(p, MatrixView) for p in plan):
         reasons: dict[str, list[str]] = {}

@@ -15,21 +15,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.matrix.trees import keys, path_string
+from galore_jax.matrix.layouts import refuse_scalar, stacked_vectors
+from galore_jax.matrix.trees import bare, keys, path_string
 
 
 def last_two_axes(params: optax.Params) -> Any:
-    """Weight dimension numbers for scanned models: the last two axes are the matrix.
+    """Weight dimension numbers by a rule of thumb: the last two axes are the matrix.
 
     Leading axes are stacked layers, each with its own projector, as `nn.scan`,
-    `nnx.vmap` and `jax.lax.scan` store them: `(layers, in, out)`.
+    `nnx.vmap` and `jax.lax.scan` store them: `(layers, in, out)`. For attention kernels with heads
+    on an axis of their own, and for convolutions, this is wrong: see `matrix_axes`.
 
     Args:
         params: tree of parameters (only shapes are read).
 
     Returns:
         A tree with `optax.contrib.GaLoreDimensionNumbers(-2, -1)` for each leaf of two or
-        more axes and None elsewhere, for `weight_dimension_numbers=`.
+        more axes that is no vector of stacked layers, and None elsewhere, for
+        `weight_dimension_numbers=`.
 
     Raises:
         TypeError: for a scalar, as from `optax.inject_hyperparams`.
@@ -39,13 +42,13 @@ def last_two_axes(params: optax.Params) -> Any:
         >>> galore_jax.last_two_axes({"kernel": jnp.ones((3, 8, 16)), "bias": jnp.ones(16)})
         {'bias': None, 'kernel': GaLoreDimensionNumbers(reduction_axis=-2, output_axis=-1)}
     """
-    if isinstance(params, jax.Array) and params.ndim == 0:
-        raise TypeError(
-            "last_two_axes takes parameters and got a scalar. optax.inject_hyperparams takes "
-            "callables for schedules: pass static_args=('rank', 'weight_dimension_numbers')"
-        )
+    refuse_scalar("last_two_axes", params)
     spec = optax.contrib.GaLoreDimensionNumbers(-2, -1)
-    return jax.tree.map(lambda p: spec if jnp.ndim(p) >= 2 else None, params)
+    leaves, treedef = jax.tree.flatten(bare(params))
+    return treedef.unflatten(
+        spec if jnp.ndim(x) >= 2 and not vector else None
+        for x, vector in zip(leaves, stacked_vectors(bare(params)), strict=True)
+    )
 
 
 class Skip:
@@ -64,7 +67,9 @@ def specs(params: optax.Params, given: Any) -> Iterator[Any]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if tree is None:
         spec = optax.contrib.GaLoreDimensionNumbers()
-        return (spec if jnp.ndim(x) == 2 else None for _, x in leaves)
+        vectors = stacked_vectors(params)
+        matrices = [jnp.ndim(x) == 2 and not v for (_, x), v in zip(leaves, vectors, strict=True)]
+        return (spec if matrix else None for matrix in matrices)
     if _is_spec(tree):
         return (tree if jnp.ndim(x) >= 2 else None for _, x in leaves)
     # By path rather than by structure: under nnx.Optimizer the parameters arrive as an

@@ -118,7 +118,7 @@ def test_model_with_a_chunked_loss(tied):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("tier", "tied"),
-    [("full", False), ("full", True), ("subspace", False), ("layerwise", False), ("eval", False)],
+    [("full", True), ("subspace", False), ("eval", False)],
 )
 def test_logits_of_all_tokens_never_exist(tier, tied):
     words, tokens = 4096, jax.ShapeDtypeStruct((4, 65), jnp.int32)

@@ -128,6 +128,17 @@ def test_a_second_ctrl_c_stops_at_once(folder, capsys):
     assert checkpoints.choose(pathlib.Path("parts")) == 4
 
 
+def test_lost_steps_are_taken_again(folder):
+    """A run that died after its last checkpoint: logged steps are dropped and repeated."""
+    assert run("--run-dir", "died", "--stop-at", "8") == 0
+    lost = [json.dumps(row | {"loss": 0.0}) + "\n" for row in metrics("whole")[8:11]]
+    with pathlib.Path("died/metrics.jsonl").open("a") as file:
+        file.write("".join(lost) + '{"step": 1')
+    for _ in range(2):  # The second time there is nothing left to do.
+        assert run("--resume", "died") == 0
+        assert_same("died")
+
+
 # --- Damage ---
 
 

@@ -287,7 +287,7 @@ def test_not_finite_resets_its_element(make, bad, shape):
     st.sampled_from([jnp.float32, jnp.bfloat16]),
     st.booleans(),
 )
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(deadline=None, max_examples=10)
 def test_any_tree(shapes, dtype, grad_dtype, with_params):
     shapes = [s for s in shapes if np.prod(s) < 300_000]
     params = {str(i): jnp.asarray(normal(i, *s), dtype) for i, s in enumerate(shapes)}
