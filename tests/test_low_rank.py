@@ -9,7 +9,7 @@ from flax import nnx
 
 from benchmarks import low_rank
 from examples import llama, optimizers, training
-from tests.small_run import FLAGS, GALORE, SMALL, metrics
+from tests.small_run import SMALL
 
 RANK = 4
 KINDS = ("lora", "relora", "low_rank", "refactored")
@@ -133,18 +133,6 @@ def test_a_restart_leaves_the_model_and_renews_its_factors(kind):
 def test_the_rate_warms_up_after_each_restart():
     rate = low_rank.rewarmed(optax.constant_schedule(1.0), 20)
     assert [float(rate(t)) for t in (0, 19, 20, 21, 22, 39, 40)] == [1, 1, 0.5, 1, 1, 1, 0.5]
-
-
-@pytest.mark.slow
-def test_resumed_run_equals_the_uninterrupted_one(folder):
-    own = ["--weights", "relora", *GALORE]
-    flags = ["--data", "texts", *FLAGS, "--steps", "12", "--save-every", "100"]
-    flags += ["--sample-tokens", "5"]
-    assert low_rank.main([*own, *flags, "--run-dir", "whole"]) == 0
-    # Steps 5 and 10 restart; 10 lies right behind the checkpoint.
-    assert low_rank.main([*own, *flags, "--run-dir", "parts", "--stop-at", "10"]) == 0
-    assert low_rank.main([*own, "--resume", "parts"]) == 0
-    assert metrics("parts") == metrics("whole")
 
 
 def test_flags_that_do_not_go_together(folder, capsys):

@@ -29,7 +29,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 # The paper projects attention and MLP matrices.
 _HEADS = (
-    r"([^/]*_)?head(_?\d+)?|[^/]*logit[^/]*|score|classifier|predictions?|qa_outputs"
+    r"([^/]*_)?head(_?\d+)?|(to_)?logits?(_?dense)?|score|classifier|predictions?|qa_outputs"
     r"|vocab_proj(ection)?|unembed(ding)?|embed_out"
 )
 _TABLES = (

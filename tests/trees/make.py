@@ -13,7 +13,7 @@ stacked are cut to a few. A family needs its packages, which one environment doe
 - `maxtext`: maxtext, whose wheel requires nothing by itself: jax flax optax orbax-checkpoint aqtp
   qwix omegaconf pydantic jinja2 sympy psutil pyyaml tokenizers transformers tokamax packaging
   etils pathwaysutils grain drjax pillow tiktoken sentencepiece.
-- `gemma`: gemma.
+- `gemma`: gemma, `sentencepiece<0.2.1`.
 - `hf`, `diffusers`: transformers==4.52.4 diffusers==0.35.2 flax==0.10.7 jax==0.6.0, as newer ones
   have no Flax models.
 
