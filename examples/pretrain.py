@@ -19,7 +19,16 @@ import optax
 import tqdm
 
 import galore_jax
-from examples import checkpoints, interrupts, llama, optimizers, runs, sampling, training
+from examples import (
+    checkpoints,
+    command_line,
+    interrupts,
+    llama,
+    optimizers,
+    runs,
+    sampling,
+    training,
+)
 from examples import config as config_lib
 from examples import data as data_lib
 from examples.config import Config
@@ -276,7 +285,7 @@ def main(args: Sequence[str] | None = None, setup: Callable[[Config], Setup] = s
     """The command line: 0 for success, 2 for a mistake of the user."""
     run_dir = ""
     try:
-        config = config_lib.parse(sys.argv[1:] if args is None else args)
+        config = command_line.parse(sys.argv[1:] if args is None else args)
         run_dir = config.run_dir
         train(config, setup)
     except UserError as error:
