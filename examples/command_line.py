@@ -14,7 +14,7 @@ from examples.errors import UserError
 
 SMALLEST = {  # Of the numbers, where it is not 1.
     **{"seq_len": 2, "warmup": 0, "clip": 0, "weight_decay": 0, "sample_tokens": 0},
-    **{"seed": 0, "learning_rate": 0, "scale": 0},
+    **{"process_id": 0, "seed": 0, "learning_rate": 0, "scale": 0},
     **{"embedding_learning_rate": 0, "random_from": 0, "skip_nonfinite": 0},
 }
 
@@ -41,6 +41,7 @@ def check(config: Config) -> None:
             " --warmup."
         )
     _check_taken(config)
+    _check_devices(config)
     if config.moments not in (None, "keep") and config.optimizer.endswith("8bit"):
         raise UserError(
             f"--moments {config.moments}: --optimizer {config.optimizer} cannot change its 8-bit"
@@ -71,6 +72,26 @@ def check(config: Config) -> None:
         raise UserError(
             f"--stochastic-rounding is for bfloat16 weights, not --param-dtype"
             f" {config.param_dtype}. Give --param-dtype bfloat16, or leave it out."
+        )
+
+
+def _check_devices(config: Config) -> None:
+    numbers = config.processes, config.process_id
+    by_hand = config.coordinator not in (None, "auto")
+    if by_hand != (None not in numbers) or (not by_hand and numbers != (None, None)):
+        raise UserError(
+            "--coordinator HOST:PORT, --processes and --process-id go together; with --coordinator"
+            f" {config.coordinator} --processes is {numbers[0]} and --process-id {numbers[1]}."
+        )
+    if by_hand and config.process_id >= config.processes:  # type: ignore[operator]
+        raise UserError(
+            f"--process-id {config.process_id}: with --processes {config.processes} they go from 0"
+            f" to {config.processes - 1}."  # type: ignore[operator]
+        )
+    if config.grad_norm == "subspace" and config.tier != "subspace":
+        raise UserError(
+            f"--grad-norm subspace: --tier {config.tier} has whole gradients. Leave it out, or give"
+            " --tier subspace."
         )
 
 
@@ -106,7 +127,8 @@ def defaults(args: Sequence[str]) -> Config:
     known, _ = first.parse_known_args(args)
     if known.resume:
         saved = config_lib.read(pathlib.Path(known.resume))
-        return dataclasses.replace(saved, stop_at=None, run_dir=known.resume)
+        alone = {"coordinator": None, "processes": None, "process_id": None}
+        return dataclasses.replace(saved, stop_at=None, run_dir=known.resume, **alone)
 
     def number(text: str | None) -> int | None:
         return int(text) if text and text.isdigit() else None

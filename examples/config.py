@@ -88,6 +88,22 @@ class Config:
     loss_chunk: int = llama.LlamaConfig.loss_chunk
     """Most logits (tokens times words of the vocabulary) that exist at once in the loss."""
 
+    # Devices.
+    mesh: str = ""
+    """Train on all devices, as data=2,fsdp=4 (their product; -1 for the rest): both cut the batch
+    and the optimizer's state, fsdp the weights too. By default on one device."""
+    grad_norm: Literal["exact", "subspace"] | None = None
+    """The norm that --clip and the metrics go by in --tier subspace: `exact`, for which a --mesh
+    sends whole gradients, or `subspace`, of their projection. By default exact, but on a --mesh
+    without --clip."""
+    coordinator: str | None = None
+    """HOST:PORT where the processes of a run meet, the first one's; `auto` on a cluster that tells
+    JAX of them (Slurm, Open MPI, TPUs). Each gets the same flags, and sees the same folders."""
+    processes: int | None = None
+    """Number of processes, with --coordinator HOST:PORT."""
+    process_id: int | None = None
+    """This one's number, from 0, with --coordinator HOST:PORT."""
+
     # Numbers.
     seed: int = 0
     """Of the weights, the order of the data and the sample."""
@@ -129,7 +145,7 @@ class Config:
 # What a resumed run may do differently: nothing that would change a step already planned, but
 # where its memory goes, and what becomes of a step that cannot be taken.
 MAY_CHANGE = {
-    *("tier", "remat", "loss_chunk"),
+    *("tier", "remat", "loss_chunk", "mesh", "coordinator", "processes", "process_id"),
     *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "last_eval_batches"),
     *("save_every", "keep", "skip_nonfinite", "prompt", "sample_tokens", "cache_dir", "run_dir"),
 }

@@ -292,12 +292,19 @@ def create(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, dict]:
 
     The tree is nested dicts of arrays: what `jax.grad`, optax and orbax like best, with clean
     paths (`blocks/attention/q/kernel`). Call the model with `nnx.merge(graph, params)(tokens)`.
-    Under one `jit`, so that a stack is born stacked, on the device.
+    """
+    graph, init = initializer(config, seed)
+    return graph, init()
+
+
+def initializer(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, Callable[[], dict]]:
+    """What `create` gives, its parameters still to be made.
+
+    Under one `jit`, so that a stack is born stacked, on the device; or cut, inside another one.
     """
 
     @jax.jit
     def init():
         return nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(seed)), nnx.Param))
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(seed))))
-    return graph, init()
+    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(seed)))), init
