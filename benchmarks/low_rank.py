@@ -187,9 +187,7 @@ def make_setup(
 
         tx = pretrain.make_optimizer(config, schedule, labels(jax.eval_shape(init)))
         restart = make_restart(weights, config.seed, steps) if weights in RESTARTING else None
-        return pretrain.Setup(
-            lambda p: nnx.merge(graph, assemble(p)), init, tx, schedule, restart
-        )
+        return pretrain.Setup(lambda p: nnx.merge(graph, assemble(p)), init, tx, schedule, restart)
 
     return setup
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import galore_jax
 from examples import training
+from examples.config import Config
 from examples.errors import UserError
 
 AXES = ("data", "fsdp")
@@ -40,8 +41,9 @@ def sizes(text: str, devices: int) -> dict[str, int]:
     return found
 
 
-def create(text: str, batch_size: int, accumulate: int) -> Mesh | None:
+def create(config: Config) -> Mesh | None:
     """The mesh of a run: None, for one device, where the flag is empty."""
+    text, batch_size, accumulate = config.mesh, config.batch_size, config.accumulate
     if not text:
         if jax.process_count() > 1:
             raise UserError(
@@ -109,12 +111,15 @@ def abstract_state(
     )
 
 
+def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """Rows over all devices."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
 def place(mesh: Mesh | None, rows: np.ndarray) -> Any:
-    """The batch that this process has its share of the rows of, cut over all devices."""
-    if mesh is None:
-        return rows
-    where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.make_array_from_process_local_data(where, rows)
+    """The batch that this process has its share of the rows of."""
+    where = batch_sharding(mesh)
+    return rows if where is None else jax.make_array_from_process_local_data(where, rows)
 
 
 def place_whole(mesh: Mesh | None, batch: np.ndarray) -> Any:

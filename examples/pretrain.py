@@ -56,6 +56,7 @@ def model_config(config: Config) -> llama.LlamaConfig:
         dtype=config.dtype,
         remat=config.remat or config.tier == "layerwise",
         loss_chunk=config.loss_chunk,
+        batch_sharding=meshes.batch_sharding(meshes.create(config)),
     )
 
 
@@ -125,7 +126,7 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(processes.quiet())
-        mesh = meshes.create(config.mesh, config.batch_size, config.accumulate)
+        mesh = meshes.create(config)
         config = dataclasses.replace(config, run_dir=processes.from_first(lambda: config.run_dir))
         folder = pathlib.Path(config.run_dir)
 
@@ -171,7 +172,7 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             clip=config.clip or None,
             rounding_key=jax.random.key(config.seed) if config.stochastic_rounding else None,
             skip_nonfinite=config.skip_nonfinite > 0,
-            norm=config.grad_norm or ("subspace" if mesh and not config.clip else "exact"),
+            grad_norm=config.grad_norm or ("subspace" if mesh and not config.clip else "exact"),
             shardings=shardings,
         )
 
@@ -247,7 +248,13 @@ def take_steps(
     done, asked = int(state["step"]), stop_asked()
     stop = max(done, last_step(config))
     pending, logged = [], time.perf_counter()
-    with tqdm.tqdm(total=config.steps, initial=done, unit="step", dynamic_ncols=True, disable=not processes.is_first()) as bar:
+    with tqdm.tqdm(
+        total=config.steps,
+        initial=done,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not processes.is_first(),
+    ) as bar:
         while done < stop and not asked:
             state, metrics = one_step(done, state)
             done, asked = done + 1, stop_asked()

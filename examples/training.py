@@ -40,7 +40,7 @@ def make_train_step(
     clip: float | None = None,
     rounding_key: jax.Array | None = None,
     skip_nonfinite: bool = False,
-    norm: Literal["exact", "subspace"] = "exact",
+    grad_norm: Literal["exact", "subspace"] = "exact",
     shardings: State | None = None,
 ) -> Callable[[State, jax.Array], tuple[State, dict]]:
     """One optimizer step as one compiled function, its state updated in place.
@@ -61,7 +61,7 @@ def make_train_step(
       skip_nonfinite: leaves weights and optimizer state as they are in a step whose loss or
         gradient is not finite, and counts it. Layer by layer that has to be known before, which
         takes a backward pass more, that of `clip`.
-      norm: what is measured of a gradient in the subspace, see `galore_jax.value_and_grad`.
+      grad_norm: what is measured of a gradient in the subspace, see `galore_jax.value_and_grad`.
       shardings: of the state, which it keeps; by default it is on one device.
 
     Returns:
@@ -93,7 +93,9 @@ def make_train_step(
         params, opt_state = state["params"], state["opt_state"]
         gradient = full_gradient
         if tier == "subspace":
-            gradient = galore_jax.value_and_grad(loss_fn, tx, microbatches=accumulate, norm=norm)
+            gradient = galore_jax.value_and_grad(
+                loss_fn, tx, microbatches=accumulate, norm=grad_norm
+            )
         loss, grads = gradient(params, opt_state, tokens)
         norm = optax.tree.norm(grads)
 
