@@ -217,7 +217,7 @@ def tune(train_at, first: float, reach: int) -> dict[float, float]:
 
 
 def _state(setup: pretrain.Setup) -> training.State:
-    return training.new_state(setup.params, setup.tx)
+    return training.new_state(setup.init(), setup.tx)
 
 
 def state_bytes(run: Run, budget: Budget) -> dict[str, int]:

@@ -28,7 +28,7 @@ def sizes(text: str, devices: int) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name not in AXES or name in found:
             raise UserError(f"--mesh {text}: {name!r} is none of {', '.join(AXES)}, each once.")
-        if not size.isdecimal() and size != "-1" or size == "0":
+        if (not size.isdecimal() and size != "-1") or size == "0":
             raise UserError(f"--mesh {text}: {part!r} gives no size. Write it as {name}=4.")
         found[name] = int(size)
     rest = [name for name in found if found[name] == -1]
@@ -36,7 +36,8 @@ def sizes(text: str, devices: int) -> dict[str, int]:
         found[name] = max(1, devices // math.prod(s for s in found.values() if s != -1))
     if len(rest) > 1 or math.prod(found.values()) != devices:
         raise UserError(
-            f"--mesh {text}: the sizes must multiply to the number of devices, {devices} here."
+            f"--mesh {text}: the sizes must multiply to the number of devices, {devices} here;"
+            " a run resumes on any."
         )
     return found
 
