@@ -180,13 +180,14 @@ def make_setup(
         schedule = pretrain.learning_rate_schedule(config, config.learning_rate)
         if weights == "relora":
             schedule = rewarmed(schedule, steps)
-        graph, params = llama.create(pretrain.model_config(config), config.seed)
-        params = factorise(weights, params, inner, jax.random.key(config.seed))
-        tx = pretrain.make_optimizer(config, schedule, labels(params))
+        graph, whole = llama.initializer(pretrain.model_config(config), config.seed)
+
+        def init() -> dict:
+            return factorise(weights, whole(), inner, jax.random.key(config.seed))
+
+        tx = pretrain.make_optimizer(config, schedule, labels(jax.eval_shape(init)))
         restart = make_restart(weights, config.seed, steps) if weights in RESTARTING else None
-        return pretrain.Setup(
-            lambda p: nnx.merge(graph, assemble(p)), params, tx, schedule, restart
-        )
+        return pretrain.Setup(lambda p: nnx.merge(graph, assemble(p)), init, tx, schedule, restart)
 
     return setup
 

@@ -38,8 +38,8 @@ import jax
 import matplotlib.figure
 
 from benchmarks import low_rank, report
+from examples import command_line, pretrain, training
 from examples import config as config_lib
-from examples import pretrain, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Run:
         if self.program == "benchmarks.low_rank":
             weights, rank, gap, flags = low_rank.split_flags(flags)
             make = low_rank.make_setup(weights, rank, gap)
-        return config_lib.parse(flags), make
+        return command_line.parse(flags), make
 
     def folder(self, budget: Budget, root: pathlib.Path) -> pathlib.Path:
         """Where it lies; another setting is another folder."""
@@ -217,7 +217,7 @@ def tune(train_at, first: float, reach: int) -> dict[float, float]:
 
 
 def _state(setup: pretrain.Setup) -> training.State:
-    return training.new_state(setup.params, setup.tx)
+    return training.new_state(setup.init(), setup.tx)
 
 
 def state_bytes(run: Run, budget: Budget) -> dict[str, int]:

@@ -22,6 +22,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from examples import processes
 from examples.errors import UserError
 from examples.files import disk_errors, refusal, write_atomically
 
@@ -86,6 +87,15 @@ def damage(folder: pathlib.Path, step: int) -> str | None:
         if found[name] != digest:
             return f"{name} is not what was written"
     return None
+
+
+def position(folder: pathlib.Path, step: int) -> dict:
+    """The position in the data that grain has written for a step.
+
+    Each of the processes then wrote the same, so it serves any number of them now.
+    """
+    (path,) = (folder / CHECKPOINTS / str(step) / "data").glob("process_0-of-*.json")
+    return json.loads(path.read_text())
 
 
 def choose(folder: pathlib.Path) -> int | None:
@@ -175,7 +185,8 @@ class Checkpoints:
         if step is not None:
             with self._disk_errors(f"the checkpoint of step {step}"):
                 self._manager.wait_until_finished()
-            self._sealing = self._sealer.submit(seal, self.folder, step)
+            if processes.is_first():
+                self._sealing = self._sealer.submit(seal, self.folder, step)
 
     def restore(self, step: int, abstract_state: dict) -> dict:
         """The state of a step's checkpoint; sets the data to its position there.
@@ -183,22 +194,22 @@ class Checkpoints:
         Args:
           step: as by `choose`.
           abstract_state: the state's shapes and dtypes, from `jax.eval_shape`: only with them
-            does orbax give back the optimizer's own types.
+            does orbax give back the optimizer's own types. With shardings, on a mesh; whatever
+            devices wrote the checkpoint.
         """
-        # Without a sharding orbax would ask for the device that wrote the checkpoint.
+        # Without a sharding orbax would ask for the devices that wrote the checkpoint.
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract_state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_state
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here),
+            abstract_state,
         )
         checked = step in sealed(self.folder)
         try:
             restored = self._manager.restore(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state),
-                    data=grain.checkpoint.CheckpointRestore(self.data),
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
             )
+            self.data.set_state(position(self.folder, step))
         except Exception as error:
             if checked:
                 raise

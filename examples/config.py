@@ -1,11 +1,9 @@
-"""The command line of `examples.pretrain` as one frozen dataclass."""
+"""The settings of a run as one frozen dataclass, and its file."""
 
-import argparse
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -90,6 +88,22 @@ class Config:
     loss_chunk: int = llama.LlamaConfig.loss_chunk
     """Most logits (tokens times words of the vocabulary) that exist at once in the loss."""
 
+    # Devices.
+    mesh: str = ""
+    """Train on all devices, as data=2,fsdp=4 (their product; -1 for the rest): both cut the batch
+    and the optimizer's state, fsdp the weights too. By default on one device."""
+    grad_norm: Literal["exact", "subspace"] | None = None
+    """The norm that --clip and the metrics go by in --tier subspace: `exact`, for which a --mesh
+    sends whole gradients, or `subspace`, of their projection. By default exact, but on a --mesh
+    without --clip."""
+    coordinator: str | None = None
+    """HOST:PORT where the processes of a run meet, the first one's; `auto` on a cluster that tells
+    JAX of them (Slurm, Open MPI, TPUs). Each gets the same flags, and sees the same folders."""
+    processes: int | None = None
+    """Number of processes, with --coordinator HOST:PORT."""
+    process_id: int | None = None
+    """This one's number, from 0, with --coordinator HOST:PORT."""
+
     # Numbers.
     seed: int = 0
     """Of the weights, the order of the data and the sample."""
@@ -131,20 +145,10 @@ class Config:
 # What a resumed run may do differently: nothing that would change a step already planned, but
 # where its memory goes, and what becomes of a step that cannot be taken.
 MAY_CHANGE = {
-    *("tier", "remat", "loss_chunk"),
+    *("tier", "remat", "loss_chunk", "mesh", "coordinator", "processes", "process_id"),
     *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "last_eval_batches"),
     *("save_every", "keep", "skip_nonfinite", "prompt", "sample_tokens", "cache_dir", "run_dir"),
 }
-SMALLEST = {  # Of the numbers, where it is not 1.
-    **{"seq_len": 2, "warmup": 0, "clip": 0, "weight_decay": 0, "sample_tokens": 0},
-    **{"seed": 0, "learning_rate": 0, "scale": 0},
-    **{"embedding_learning_rate": 0, "random_from": 0, "skip_nonfinite": 0},
-}
-
-
-def flag(field: str) -> str:
-    """A field's name on the command line."""
-    return "--" + field.replace("_", "-")
 
 
 def from_recipe(
@@ -182,76 +186,6 @@ def from_recipe(
         "save_every": min(1000, -(-steps // 4)),
     }
     return Config(model=model, optimizer=optimizer, steps=steps, **(settings | changes))
-
-
-def check(config: Config) -> None:
-    """Refuses settings that cannot work, each by its flag."""
-    for name, value in dataclasses.asdict(config).items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not value >= SMALLEST.get(name, 1):
-            raise UserError(f"{flag(name)} is {value}: give at least {SMALLEST.get(name, 1)}.")
-    if config.batch_size % config.accumulate:
-        raise UserError(
-            f"--accumulate {config.accumulate} does not divide --batch-size"
-            f" {config.batch_size}. Change one of them."
-        )
-    if config.warmup >= config.steps:
-        raise UserError(
-            f"--warmup {config.warmup} leaves none of --steps {config.steps}. Give a smaller"
-            " --warmup."
-        )
-    _check_taken(config)
-    if config.moments not in (None, "keep") and config.optimizer.endswith("8bit"):
-        raise UserError(
-            f"--moments {config.moments}: --optimizer {config.optimizer} cannot change its 8-bit"
-            " moments at a refresh. Give --moments keep, or another --optimizer."
-        )
-    if config.tier == "subspace" and config.optimizer not in optimizers.IN_SUBSPACE:
-        raise UserError(
-            f"--tier subspace: --optimizer {config.optimizer} needs full gradients. Give one of"
-            f" {', '.join(optimizers.IN_SUBSPACE)}, or another --tier."
-        )
-    if config.optimizer == "scale_sgd" and config.embedding_learning_rate is not None:
-        raise UserError(
-            "--embedding-learning-rate: --optimizer scale_sgd has rules of its own for embeddings"
-            " and head. Leave one of them out."
-        )
-    if config.tier == "layerwise" and config.accumulate > 1:
-        raise UserError(
-            f"--tier layerwise takes a batch as one, not in --accumulate {config.accumulate}"
-            " microbatches: a layer's weights change before the next one would need them. Give"
-            " --accumulate 1 and a --batch-size that fits, or --tier subspace."
-        )
-    if config.tier == "layerwise" and optimizers.OPTIMIZERS[config.optimizer].whole_stacks:
-        raise UserError(
-            f"--tier layerwise: --optimizer {config.optimizer} needs the gradient of all layers."
-            " Give another --optimizer, or --tier full or subspace."
-        )
-    if config.stochastic_rounding and config.param_dtype != "bfloat16":
-        raise UserError(
-            f"--stochastic-rounding is for bfloat16 weights, not --param-dtype"
-            f" {config.param_dtype}. Give --param-dtype bfloat16, or leave it out."
-        )
-
-
-def _check_taken(config: Config) -> None:
-    """Refuses a setting that the optimizer does not take, where it is not the recipe's."""
-
-    def taken(name: str, optimizer: optimizers.Optimizer) -> bool:
-        if name == "weight_decay":
-            return optimizer.decays
-        return ("method" if name == "random_from" else name) in optimizer.options
-
-    recipe = from_recipe(config.model, config.optimizer, config.steps, config.batch_size)
-    for name in (*optimizers.GALORE, "random_from", "weight_decay"):
-        value = getattr(config, name)
-        given = value != getattr(recipe, name)
-        if given and not taken(name, optimizers.OPTIMIZERS[config.optimizer]):
-            other = next(k for k, o in optimizers.OPTIMIZERS.items() if taken(name, o))
-            raise UserError(
-                f"{flag(name)} {value}: --optimizer {config.optimizer} has no use for it. Leave it"
-                f" out, or give another --optimizer, such as {other}."
-            )
 
 
 def galore_options(config: Config) -> dict:
@@ -300,51 +234,3 @@ def changed(before: Config, now: Config) -> list[str]:
     """The settings that differ, of those that a run keeps to its end."""
     kept = (name for name in dataclasses.asdict(now) if name not in MAY_CHANGE)
     return [name for name in kept if getattr(before, name) != getattr(now, name)]
-
-
-def defaults(args: Sequence[str]) -> Config:
-    """What the flags not given stand at: the run's to resume, or the model's recipe.
-
-    So `--help` shows them as they are: `--model 60m --help` prints the recipe of 60m.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--resume", "--model", "--optimizer", "--steps"):
-        first.add_argument(name, nargs="?")
-    first.add_argument("--batch-size", "--batch_size", nargs="?")
-    known, _ = first.parse_known_args(args)
-    if known.resume:
-        saved = read(pathlib.Path(known.resume))
-        return dataclasses.replace(saved, stop_at=None, run_dir=known.resume)
-
-    def number(text: str | None) -> int | None:
-        return int(text) if text and text.isdigit() else None
-
-    # What is no model, or no number, tyro explains when it reads the whole line.
-    return from_recipe(
-        known.model if known.model in llama.CONFIGS else "tiny",
-        known.optimizer if known.optimizer in optimizers.OPTIMIZERS else "galore_adamw",
-        number(known.steps),
-        number(known.batch_size),
-    )
-
-
-def parse(args: Sequence[str]) -> Config:
-    """The settings of a command line; with --resume, those of the run it names."""
-    default = defaults(args)
-    config = tyro.cli(
-        Config,
-        args=args,
-        default=default,
-        prog="python -m examples.pretrain",
-        description="Pre-trains a LLaMA with GaLore. Without flags: a tiny one, in minutes.",
-    )
-    if config.resume is not None:
-        config = dataclasses.replace(config, run_dir=config.resume)
-        for name in changed(default, config):
-            before, now = getattr(default, name), getattr(config, name)
-            raise UserError(
-                f"{flag(name)}: the run to resume has {before!r}, not {now!r}. Leave"
-                f" {flag(name)} out, or start a new run."
-            )
-    check(config)
-    return config

@@ -124,13 +124,23 @@ class Sequences:
         return self.tokens[start : start + self.seq_len + 1].astype(np.int32)
 
 
-def batches(tokens: np.ndarray, seq_len: int, batch_size: int, seed: int) -> grain.IterDataset:
+def batches(
+    tokens: np.ndarray,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+) -> grain.IterDataset:
     """Endless batches (batch_size, seq_len + 1); every epoch in an order of its own.
 
-    Batches may span two epochs, so that no sequence is dropped at an epoch's end.
+    Batches may span two epochs, so that no sequence is dropped at an epoch's end. Of `share`
+    (k, n) each batch has the k-th n-th of its rows. The position counts whole batches: it is the
+    same in all processes, however many there are.
     """
+    k, n = share
     dataset = grain.MapDataset.source(Sequences(tokens, seq_len))
-    dataset = dataset.shuffle(seed=seed).repeat().batch(batch_size, drop_remainder=True)
+    dataset = dataset.shuffle(seed=seed).repeat().batch(batch_size // n, drop_remainder=True)
+    dataset = dataset if n == 1 else dataset[k::n]
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
@@ -181,6 +191,7 @@ def load(
     batch_size: int,
     seed: int,
     cache_dir: str | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Data:
     """Opens a data source; see the flag `--data` of `examples.pretrain`.
 
@@ -193,6 +204,7 @@ def load(
       batch_size: sequences in a batch.
       seed: of the shuffling.
       cache_dir: folder for the trained tokenizer, the user's cache directory by default.
+      share: (k, n) for the k-th n-th of each training batch.
     """
     if vocab_size < bpe.SMALLEST_VOCAB:
         raise UserError(f"--vocab-size: at least {bpe.SMALLEST_VOCAB} (every byte, end of text).")
@@ -200,7 +212,7 @@ def load(
     if len(paths) == 1 and is_dataset_name(paths[0]):
         from examples import streaming  # Only here: `datasets` takes a second to import.
 
-        return streaming.load(paths[0], vocab_size, seq_len, batch_size, seed, cache)
+        return streaming.load(paths[0], vocab_size, seq_len, batch_size, seed, cache, share)
     train, validation = split_documents(read_documents(paths) if paths else stdlib_documents())
     tokenizer = bpe.cached(train, vocab_size, cache)
     train_tokens = bpe.encode_all(tokenizer, train)
@@ -210,7 +222,7 @@ def load(
         raise UserError("--data: the validation text is empty. Give more text.")
     return Data(
         tokenizer=tokenizer,
-        train=batches(train_tokens, seq_len, batch_size, seed),
+        train=batches(train_tokens, seq_len, batch_size, seed, share),
         validation=validation_tokens,
         sequences=len(Sequences(train_tokens, seq_len)),
     )

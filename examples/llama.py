@@ -43,6 +43,8 @@ class LlamaConfig:
     dtype: str = "float32"  # Of activations; statistics and the softmax are float32 always.
     remat: bool = False  # Recompute each block's activations in the backward pass.
     loss_chunk: int = 2**25  # Most logits at once in `Llama.losses`: 128 MiB.
+    # Of a batch on a mesh. Left to itself, XLA cuts activations as the weights rather.
+    batch_sharding: jax.sharding.NamedSharding | None = None
 
     def __post_init__(self):
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
@@ -243,20 +245,28 @@ class Llama(nnx.Module):
         config = self.config
         cos, sin = rotary(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
         block_def, stacked = nnx.split(self.blocks)
+        x = self.placed(self.embed(tokens))
 
         def block(layer, x):
-            return nnx.merge(block_def, layer)(x, cos, sin)
+            return self.placed(nnx.merge(block_def, layer)(x, cos, sin))
 
         def watched_block(both, x):
             return block(watched(*both), x)
 
         if watch is not None:
-            x = galore_jax.layerwise(watched_block, (stacked, watch), self.embed(tokens))
+            x = galore_jax.layerwise(watched_block, (stacked, watch), x)
         elif config.remat:
-            x = galore_jax.layerwise(block, stacked, self.embed(tokens))
+            x = galore_jax.layerwise(block, stacked, x)
         else:
-            x, _ = jax.lax.scan(lambda x, p: (block(p, x), None), self.embed(tokens), stacked)
+            x, _ = jax.lax.scan(lambda x, p: (block(p, x), None), x, stacked)
         return self.final_norm(x)
+
+    def placed(self, x: jax.Array) -> jax.Array:
+        """The residual stream (B, T, D), cut as its batch is, where that can be cut."""
+        where = self.config.batch_sharding
+        if where is None or x.shape[0] % where.num_devices:
+            return x
+        return jax.lax.with_sharding_constraint(x, where)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The head: hidden states (B, T, D) to logits (B, T, V)."""
@@ -292,12 +302,19 @@ def create(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, dict]:
 
     The tree is nested dicts of arrays: what `jax.grad`, optax and orbax like best, with clean
     paths (`blocks/attention/q/kernel`). Call the model with `nnx.merge(graph, params)(tokens)`.
-    Under one `jit`, so that a stack is born stacked, on the device.
+    """
+    graph, init = initializer(config, seed)
+    return graph, init()
+
+
+def initializer(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, Callable[[], dict]]:
+    """What `create` gives, its parameters still to be made.
+
+    Under one `jit`, so that a stack is born stacked, on the device; or cut, inside another one.
     """
 
     @jax.jit
     def init():
         return nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(seed)), nnx.Param))
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(seed))))
-    return graph, init()
+    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(seed)))), init

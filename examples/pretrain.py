@@ -7,9 +7,12 @@ sizes and recipes of the paper.
 
 import contextlib
 import dataclasses
+import functools
 import math
+import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +22,18 @@ import optax
 import tqdm
 
 import galore_jax
-from examples import checkpoints, interrupts, llama, optimizers, runs, sampling, training
+from examples import (
+    checkpoints,
+    command_line,
+    interrupts,
+    llama,
+    meshes,
+    optimizers,
+    processes,
+    runs,
+    sampling,
+    training,
+)
 from examples import config as config_lib
 from examples import data as data_lib
 from examples.config import Config
@@ -42,6 +56,7 @@ def model_config(config: Config) -> llama.LlamaConfig:
         dtype=config.dtype,
         remat=config.remat or config.tier == "layerwise",
         loss_chunk=config.loss_chunk,
+        batch_sharding=meshes.batch_sharding(meshes.create(config)),
     )
 
 
@@ -78,7 +93,7 @@ class Setup(NamedTuple):
     """What is trained; a benchmark puts something else in the place of a model's own weights."""
 
     model_of: training.ModelOf
-    params: dict
+    init: Callable[[], dict]  # Makes the parameters.
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     # What happens to the training state before a step, given how many are done.
@@ -88,10 +103,10 @@ class Setup(NamedTuple):
 def setup(config: Config) -> Setup:
     """The model and the optimizer of a run."""
     schedule = learning_rate_schedule(config, config.learning_rate)
-    graph, params = llama.create(model_config(config), config.seed)
+    graph, init = llama.initializer(model_config(config), config.seed)
     apart = config.embedding_learning_rate is not None
-    tx = make_optimizer(config, schedule, optimizers.labels(params) if apart else None)
-    return Setup(llama.from_graph(graph), params, tx, schedule)
+    labels = optimizers.labels(jax.eval_shape(init)) if apart else None
+    return Setup(llama.from_graph(graph), init, make_optimizer(config, schedule, labels), schedule)
 
 
 def describe_data(config: Config, data: data_lib.Data) -> None:
@@ -110,8 +125,16 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
     """Runs the training a config describes; returns the figures of its end, if it gets there."""
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(runs.locked(config))
-        runs.refuse_another(config)
+        stack.enter_context(processes.quiet())
+        mesh = meshes.create(config)
+        config = dataclasses.replace(config, run_dir=processes.from_first(lambda: config.run_dir))
+        folder = pathlib.Path(config.run_dir)
+
+        def take_folder() -> None:
+            stack.enter_context(runs.locked(config))
+            runs.refuse_another(config)
+
+        processes.from_first(take_folder)
         data = data_lib.load(
             config.data,
             vocab_size=config.vocab_size,
@@ -119,22 +142,25 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             batch_size=config.batch_size,
             seed=config.seed,
             cache_dir=config.cache_dir,
+            share=(jax.process_index(), jax.process_count()),
         )
         describe_data(config, data)
-        model_of, params, tx, schedule, before_step = setup(config)
+        model_of, init, tx, schedule, before_step = setup(config)
+        params = jax.eval_shape(init)
         print(f"model: {config.model}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
         if config.optimizer in optimizers.STACKED:
             print(galore_jax.summary(tx, params))
-        folder = runs.open_run(config, data.tokenizer.to_str())
-        stop_asked = stack.enter_context(interrupts.stop_requests())
-        batches, start = iter(data.train), checkpoints.choose(folder)
+        tokenizer = data.tokenizer.to_str()
+        processes.from_first(lambda: runs.open_run(config, tokenizer))
+        stop_asked = processes.any_of(stack.enter_context(interrupts.stop_requests()))
+        batches, start = iter(data.train), processes.from_first(lambda: checkpoints.choose(folder))
         saver = stack.enter_context(checkpoints.opened(folder, config.keep, batches))
+        wanted = meshes.abstract_state(mesh, params, tx)
+        shardings = mesh and jax.tree.map(lambda x: x.sharding, wanted)
         if start is None:
-            state = training.new_state(params, tx)
+            state = meshes.new_state(init, tx, shardings)
         else:
-            abstract_state = jax.eval_shape(lambda p: training.new_state(p, tx), params)
-            del params
-            state = saver.restore(start, abstract_state)
+            state = saver.restore(start, wanted)
         runs.truncate_metrics(folder, start or 0)
         print(f"run folder: {folder}; {start or 0} of {config.steps} steps are done")
         train_step = training.make_train_step(
@@ -146,12 +172,14 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             clip=config.clip or None,
             rounding_key=jax.random.key(config.seed) if config.stochastic_rounding else None,
             skip_nonfinite=config.skip_nonfinite > 0,
+            grad_norm=config.grad_norm or ("subspace" if mesh and not config.clip else "exact"),
+            shardings=shardings,
         )
 
         def one_step(done: int, state: training.State) -> tuple[training.State, dict]:
             if before_step is not None:
                 state = before_step(done, state)
-            return train_step(state, next(batches))
+            return train_step(state, meshes.place(mesh, next(batches)))
 
         eval_step = training.make_eval_step(model_of)
 
@@ -161,7 +189,8 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
                 data_lib.validation_batches(data.validation, config.seq_len, config.batch_size)
             )
             stride = -(-len(held_out) // (limit or len(held_out)))
-            return training.evaluate(eval_step, params, held_out[::stride])
+            place = functools.partial(meshes.place_whole, mesh)
+            return training.evaluate(eval_step, params, held_out[::stride], place)
 
         state, done = take_steps(config, state, one_step, evaluate, saver, stop_asked)
         saver.wait()
@@ -169,7 +198,7 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             print(f"stopped after step {done} of {config.steps}; continue with --resume {folder}")
         if done < last_step(config):  # Somebody waits for the end.
             return {}
-        figures = runs.read_metrics(folder)[-1]
+        figures = processes.from_first(lambda: runs.read_metrics(folder)[-1])
         figures |= {"seconds": round(time.perf_counter() - began, 1)}
         runs.save_summary(folder, figures)
         print(", ".join(f"{key} {value:.6g}" for key, value in figures.items()))
@@ -219,7 +248,13 @@ def take_steps(
     done, asked = int(state["step"]), stop_asked()
     stop = max(done, last_step(config))
     pending, logged = [], time.perf_counter()
-    with tqdm.tqdm(total=config.steps, initial=done, unit="step", dynamic_ncols=True) as bar:
+    with tqdm.tqdm(
+        total=config.steps,
+        initial=done,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not processes.is_first(),
+    ) as bar:
         while done < stop and not asked:
             state, metrics = one_step(done, state)
             done, asked = done + 1, stop_asked()
@@ -274,18 +309,24 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
 
 def main(args: Sequence[str] | None = None, setup: Callable[[Config], Setup] = setup) -> int:
     """The command line: 0 for success, 2 for a mistake of the user."""
-    run_dir = ""
+    run_dir, code = "", 0
     try:
-        config = config_lib.parse(sys.argv[1:] if args is None else args)
+        config = command_line.parse(sys.argv[1:] if args is None else args)
         run_dir = config.run_dir
+        processes.join(config)
         train(config, setup)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; continue with --resume {run_dir}", file=sys.stderr)
-        return 130
-    return 0
+        code = 130
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    return processes.leave(code) if code else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.figure
 
-from examples import checkpoints
+from examples import checkpoints, processes
 from examples import config as config_lib
 from examples.config import Config
 from examples.errors import UserError
@@ -37,7 +37,7 @@ def _writing(config: Config) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def locked(config: Config) -> Iterator[None]:
-    """The run's folder, for this process alone.
+    """The run's folder, for this process alone, or for those whose first one it is.
 
     The system takes the lock back when the process ends, however it ends; the file stays.
     """
@@ -95,17 +95,16 @@ def refuse_another(config: Config) -> None:
         )
 
 
-def open_run(config: Config, tokenizer: str) -> pathlib.Path:
+def open_run(config: Config, tokenizer: str) -> None:
     """Puts config and tokenizer into a new run's folder, or checks those of a resumed one."""
     folder = pathlib.Path(config.run_dir)
     if config.resume is not None:
         _check_tokenizer(folder, tokenizer)
-        return folder
+        return
     with _writing(config):
         # The config last: with it the folder holds a run.
         write_atomically(folder / "tokenizer.json", tokenizer)
         config_lib.save(config, folder)
-    return folder
 
 
 def _check_tokenizer(folder: pathlib.Path, tokenizer: str) -> None:
@@ -121,6 +120,7 @@ def _check_tokenizer(folder: pathlib.Path, tokenizer: str) -> None:
         )
 
 
+@processes.first_only
 def append_metrics(folder: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Adds one line of JSON a row, which then is on the disk before any checkpoint after it."""
     with _saving(folder, "metrics.jsonl"), (folder / "metrics.jsonl").open("a") as file:
@@ -148,6 +148,7 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+@processes.first_only
 def truncate_metrics(folder: pathlib.Path, step: int) -> None:
     """Forgets the rows after `step`, and half a line: a resumed run takes those steps again.
 
@@ -166,6 +167,7 @@ def truncate_metrics(folder: pathlib.Path, step: int) -> None:
         os.truncate(path, end)
 
 
+@processes.first_only
 def plot_loss(folder: pathlib.Path, title: str) -> None:
     """Draws training and validation loss over steps into loss.png."""
     rows = read_metrics(folder)
@@ -188,6 +190,7 @@ def plot_loss(folder: pathlib.Path, title: str) -> None:
         figure.savefig(folder / "loss.png", dpi=120)
 
 
+@processes.first_only
 def save_summary(folder: pathlib.Path, figures: dict[str, Any]) -> None:
     """Writes summary.json."""
     with _saving(folder, "summary.json"):

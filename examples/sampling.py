@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import tokenizers
+from jax.experimental import multihost_utils
 
 from examples import llama
 
@@ -67,4 +68,5 @@ def sample_text(
         count=count,
         window=window,
     )
-    return tokenizer.decode(out.tolist(), skip_special_tokens=False)
+    ids = multihost_utils.process_allgather(out, tiled=True).tolist()
+    return tokenizer.decode(ids, skip_special_tokens=False)

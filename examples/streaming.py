@@ -125,9 +125,15 @@ def texts(documents: datasets.IterableDataset, count: int) -> Iterator[str]:
 
 
 def load(
-    name: str, vocab_size: int, seq_len: int, batch_size: int, seed: int, cache: pathlib.Path
+    name: str,
+    vocab_size: int,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    cache: pathlib.Path,
+    share: tuple[int, int],
 ) -> data_lib.Data:
-    """`data.load` for a streamed dataset."""
+    """`data.load` for a streamed dataset, of which each process reads all and keeps its share."""
     train, validation = open_dataset(name)
     tokenizer = bpe.cached(list(texts(train, TOKENIZER_DOCUMENTS)), vocab_size, cache)
     held_out = bpe.encode_all(tokenizer, list(texts(validation, VALIDATION_DOCUMENTS)))
@@ -137,9 +143,15 @@ def load(
     shuffled = grain.experimental.WindowShuffleIterDataset(
         stream, window_size=SHUFFLE_WINDOW, seed=seed
     )
+    train_batches = shuffled.batch(batch_size, drop_remainder=True)
+    k, n = share
+    if n > 1:
+        # Documents that each process packs for itself would be other sequences for each n.
+        rows = slice(k * batch_size // n, (k + 1) * batch_size // n)
+        train_batches = train_batches.map(lambda batch: batch[rows])
     return data_lib.Data(
         tokenizer=tokenizer,
-        train=shuffled.batch(batch_size, drop_remainder=True),
+        train=train_batches,
         validation=held_out,
         sequences=None,
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 import galore_jax
 from examples import llama
@@ -22,7 +23,7 @@ ModelOf = Callable[[dict], llama.Llama]
 
 
 def new_state(params: dict, tx: optax.GradientTransformation) -> State:
-    """The state before the first step."""
+    """The state before the first step; on a mesh, under a `jit` that says where it is to lie."""
     counters = ("step", "skipped", "skipped_in_a_row")
     return {"params": params, "opt_state": tx.init(params)} | {
         name: jnp.zeros([], jnp.int32) for name in counters
@@ -39,6 +40,8 @@ def make_train_step(
     clip: float | None = None,
     rounding_key: jax.Array | None = None,
     skip_nonfinite: bool = False,
+    grad_norm: Literal["exact", "subspace"] = "exact",
+    shardings: State | None = None,
 ) -> Callable[[State, jax.Array], tuple[State, dict]]:
     """One optimizer step as one compiled function, its state updated in place.
 
@@ -58,6 +61,8 @@ def make_train_step(
       skip_nonfinite: leaves weights and optimizer state as they are in a step whose loss or
         gradient is not finite, and counts it. Layer by layer that has to be known before, which
         takes a backward pass more, that of `clip`.
+      grad_norm: what is measured of a gradient in the subspace, see `galore_jax.value_and_grad`.
+      shardings: of the state, which it keeps; by default it is on one device.
 
     Returns:
       `train_step(state, tokens)` with tokens int32 (batch, seq_len + 1): the new state and the
@@ -88,7 +93,9 @@ def make_train_step(
         params, opt_state = state["params"], state["opt_state"]
         gradient = full_gradient
         if tier == "subspace":
-            gradient = galore_jax.value_and_grad(loss_fn, tx, microbatches=accumulate)
+            gradient = galore_jax.value_and_grad(
+                loss_fn, tx, microbatches=accumulate, norm=grad_norm
+            )
         loss, grads = gradient(params, opt_state, tokens)
         norm = optax.tree.norm(grads)
 
@@ -143,7 +150,8 @@ def make_train_step(
         new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         return new | counts, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
 def is_finite(loss: jax.Array, norm: jax.Array) -> jax.Array:
@@ -166,6 +174,7 @@ def evaluate(
     eval_step: Callable[..., jax.Array],
     params: dict,
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    place: Callable[[np.ndarray], Any] = lambda rows: rows,
 ) -> dict[str, float]:
     """Loss per token and its exponential over (tokens, mask) batches.
 
@@ -175,7 +184,9 @@ def evaluate(
     total, count = 0.0, 0
     for tokens, mask in batches:
         # Summed in float64 beyond a sequence: millions of float32 terms would lose digits.
-        total += float(np.sum(np.asarray(eval_step(params, tokens, mask)), dtype=np.float64))
+        losses = eval_step(params, place(tokens), place(mask))
+        losses = multihost_utils.process_allgather(losses, tiled=True)
+        total += float(np.sum(losses, dtype=np.float64))
         count += int(mask.sum())
     loss = total / count
     perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -10,8 +10,7 @@ import matplotlib.figure
 import pytest
 
 from benchmarks import quality
-from examples import config as config_lib
-from examples import pretrain
+from examples import command_line, pretrain
 
 
 def test_a_rate_is_picked_where_both_neighbours_are_worse():
@@ -125,7 +124,7 @@ def test_every_row_is_a_command_line_that_pretrain_takes(name):
         assert (config.steps, config.seed, config.learning_rate) == (budget.steps, 3, 0.01)
         assert config.rank > 0
     golore = quality.Run("GoLore", 0.01, budget.steps, 0)
-    assert config_lib.parse(golore.flags(budget)).random_from == int(0.8 * budget.steps)
+    assert command_line.parse(golore.flags(budget)).random_from == int(0.8 * budget.steps)
 
 
 def test_without_a_gpu_nothing_is_measured_on_one(tmp_path):

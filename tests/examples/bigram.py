@@ -30,7 +30,9 @@ def setup(before_step=None, model=Bigram):
 
     def made(config):
         schedule = pretrain.learning_rate_schedule(config, 0.1)
-        params = {"table": 0.02 * jax.random.normal(jax.random.key(0), (300, 300))}
+
+        def init():
+            return {"table": 0.02 * jax.random.normal(jax.random.key(0), (300, 300))}
 
         def then(done, state):
             if before_step is not None:
@@ -38,7 +40,7 @@ def setup(before_step=None, model=Bigram):
             return state
 
         tx = optax.adam(schedule)
-        return pretrain.Setup(lambda p: model(p["table"]), params, tx, schedule, then)
+        return pretrain.Setup(lambda p: model(p["table"]), init, tx, schedule, then)
 
     return made
 

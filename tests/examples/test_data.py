@@ -236,6 +236,15 @@ def test_streamed_dataset_resumes_exactly_over_epochs(dataset, monkeypatch, tmp_
     assert not np.array_equal(other, expected)
 
 
+def test_each_process_keeps_its_rows_of_a_streamed_batch(dataset, monkeypatch, tmp_path):
+    whole = iter(open_dataset(dataset, monkeypatch, tmp_path).train)
+    settings = SIZES | {"seed": 0, "cache_dir": str(tmp_path / "cache")}
+    parts = [iter(data_lib.load([dataset], **settings, share=(k, 3)).train) for k in range(3)]
+    for _ in range(4):
+        np.testing.assert_array_equal(np.concatenate([next(p) for p in parts]), next(whole))
+    assert all(as_json(part.get_state()) == as_json(whole.get_state()) for part in parts)
+
+
 def test_dataset_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()

@@ -12,7 +12,16 @@ import optax
 import pytest
 from flax import nnx
 
-from examples import checkpoints, llama, optimizers, pretrain, sampling, streaming, training
+from examples import (
+    checkpoints,
+    command_line,
+    llama,
+    optimizers,
+    pretrain,
+    sampling,
+    streaming,
+    training,
+)
 from examples import config as config_lib
 from examples import data as data_lib
 from examples.errors import UserError
@@ -273,13 +282,13 @@ def test_sampling_follows_the_model():
 
 
 def test_recipes_are_the_defaults():
-    config = config_lib.parse(["--model", "1b"])
+    config = command_line.parse(["--model", "1b"])
     assert (config.rank, config.steps, config.warmup) == (512, 100_000, 10_000)
     assert (config.learning_rate, config.batch_size, config.accumulate) == (0.01, 512, 32)
-    config = config_lib.parse(["--model", "7b", "--steps", "300", "--optimizer", "adamw"])
+    config = command_line.parse(["--model", "7b", "--steps", "300", "--optimizer", "adamw"])
     assert (config.update_proj_gap, config.warmup, config.clip) == (500, 30, 1.0)
     assert config.learning_rate == pytest.approx(0.005 / 4)
-    assert config_lib.parse(["--rank", "7", "--lr", "0.5"]).learning_rate == 0.5
+    assert command_line.parse(["--rank", "7", "--lr", "0.5"]).learning_rate == 0.5
 
 
 def test_mistakes_end_without_a_traceback(folder, capsys):
@@ -326,7 +335,7 @@ def test_mistakes_end_without_a_traceback(folder, capsys):
     assert "--run-dir" in message("--run-dir", "there")
     flags = ("--resume", "there")
     with pytest.raises(UserError, match="--rank: the run to resume has 4, not 8"):
-        config_lib.parse([*flags, "--rank", "8"])
+        command_line.parse([*flags, "--rank", "8"])
     for text in pathlib.Path("texts").iterdir():
         text.write_text(text.read_text() + " zeta")
     assert pretrain.main(flags) == 2 and "text has changed" in capsys.readouterr().err

@@ -1,0 +1,164 @@
+"""The command line: what stands where no flag is given, and what cannot work."""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import tyro
+
+from examples import config as config_lib
+from examples import llama, optimizers
+from examples.config import Config
+from examples.errors import UserError
+
+SMALLEST = {  # Of the numbers, where it is not 1.
+    **{"seq_len": 2, "warmup": 0, "clip": 0, "weight_decay": 0, "sample_tokens": 0},
+    **{"process_id": 0, "seed": 0, "learning_rate": 0, "scale": 0},
+    **{"embedding_learning_rate": 0, "random_from": 0, "skip_nonfinite": 0},
+}
+
+
+def flag(field: str) -> str:
+    """A field's name on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def check(config: Config) -> None:
+    """Refuses settings that cannot work, each by its flag."""
+    for name, value in dataclasses.asdict(config).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not value >= SMALLEST.get(name, 1):
+            raise UserError(f"{flag(name)} is {value}: give at least {SMALLEST.get(name, 1)}.")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"--accumulate {config.accumulate} does not divide --batch-size"
+            f" {config.batch_size}. Change one of them."
+        )
+    if config.warmup >= config.steps:
+        raise UserError(
+            f"--warmup {config.warmup} leaves none of --steps {config.steps}. Give a smaller"
+            " --warmup."
+        )
+    _check_taken(config)
+    _check_devices(config)
+    if config.moments not in (None, "keep") and config.optimizer.endswith("8bit"):
+        raise UserError(
+            f"--moments {config.moments}: --optimizer {config.optimizer} cannot change its 8-bit"
+            " moments at a refresh. Give --moments keep, or another --optimizer."
+        )
+    if config.tier == "subspace" and config.optimizer not in optimizers.IN_SUBSPACE:
+        raise UserError(
+            f"--tier subspace: --optimizer {config.optimizer} needs full gradients. Give one of"
+            f" {', '.join(optimizers.IN_SUBSPACE)}, or another --tier."
+        )
+    if config.optimizer == "scale_sgd" and config.embedding_learning_rate is not None:
+        raise UserError(
+            "--embedding-learning-rate: --optimizer scale_sgd has rules of its own for embeddings"
+            " and head. Leave one of them out."
+        )
+    if config.tier == "layerwise" and config.accumulate > 1:
+        raise UserError(
+            f"--tier layerwise takes a batch as one, not in --accumulate {config.accumulate}"
+            " microbatches: a layer's weights change before the next one would need them. Give"
+            " --accumulate 1 and a --batch-size that fits, or --tier subspace."
+        )
+    if config.tier == "layerwise" and optimizers.OPTIMIZERS[config.optimizer].whole_stacks:
+        raise UserError(
+            f"--tier layerwise: --optimizer {config.optimizer} needs the gradient of all layers."
+            " Give another --optimizer, or --tier full or subspace."
+        )
+    if config.stochastic_rounding and config.param_dtype != "bfloat16":
+        raise UserError(
+            f"--stochastic-rounding is for bfloat16 weights, not --param-dtype"
+            f" {config.param_dtype}. Give --param-dtype bfloat16, or leave it out."
+        )
+
+
+def _check_devices(config: Config) -> None:
+    numbers = config.processes, config.process_id
+    by_hand = config.coordinator not in (None, "auto")
+    if by_hand != (None not in numbers) or (not by_hand and numbers != (None, None)):
+        raise UserError(
+            "--coordinator HOST:PORT, --processes and --process-id go together; with --coordinator"
+            f" {config.coordinator} --processes is {numbers[0]} and --process-id {numbers[1]}."
+        )
+    if by_hand and config.process_id >= config.processes:  # type: ignore[operator]
+        raise UserError(
+            f"--process-id {config.process_id}: with --processes {config.processes} they go from 0"
+            f" to {config.processes - 1}."  # type: ignore[operator]
+        )
+    if config.grad_norm == "subspace" and config.tier != "subspace":
+        raise UserError(
+            f"--grad-norm subspace: --tier {config.tier} has whole gradients. Leave it out, or give"
+            " --tier subspace."
+        )
+
+
+def _check_taken(config: Config) -> None:
+    """Refuses a setting that the optimizer does not take, where it is not the recipe's."""
+
+    def taken(name: str, optimizer: optimizers.Optimizer) -> bool:
+        if name == "weight_decay":
+            return optimizer.decays
+        return ("method" if name == "random_from" else name) in optimizer.options
+
+    recipe = config_lib.from_recipe(config.model, config.optimizer, config.steps, config.batch_size)
+    for name in (*optimizers.GALORE, "random_from", "weight_decay"):
+        value = getattr(config, name)
+        given = value != getattr(recipe, name)
+        if given and not taken(name, optimizers.OPTIMIZERS[config.optimizer]):
+            other = next(k for k, o in optimizers.OPTIMIZERS.items() if taken(name, o))
+            raise UserError(
+                f"{flag(name)} {value}: --optimizer {config.optimizer} has no use for it. Leave it"
+                f" out, or give another --optimizer, such as {other}."
+            )
+
+
+def defaults(args: Sequence[str]) -> Config:
+    """What the flags not given stand at: the run's to resume, or the model's recipe.
+
+    So `--help` shows them as they are: `--model 60m --help` prints the recipe of 60m.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--resume", "--model", "--optimizer", "--steps"):
+        first.add_argument(name, nargs="?")
+    first.add_argument("--batch-size", "--batch_size", nargs="?")
+    known, _ = first.parse_known_args(args)
+    if known.resume:
+        saved = config_lib.read(pathlib.Path(known.resume))
+        alone = {"coordinator": None, "processes": None, "process_id": None}
+        return dataclasses.replace(saved, stop_at=None, run_dir=known.resume, **alone)
+
+    def number(text: str | None) -> int | None:
+        return int(text) if text and text.isdigit() else None
+
+    # What is no model, or no number, tyro explains when it reads the whole line.
+    return config_lib.from_recipe(
+        known.model if known.model in llama.CONFIGS else "tiny",
+        known.optimizer if known.optimizer in optimizers.OPTIMIZERS else "galore_adamw",
+        number(known.steps),
+        number(known.batch_size),
+    )
+
+
+def parse(args: Sequence[str]) -> Config:
+    """The settings of a command line; with --resume, those of the run it names."""
+    default = defaults(args)
+    config = tyro.cli(
+        Config,
+        args=args,
+        default=default,
+        prog="python -m examples.pretrain",
+        description="Pre-trains a LLaMA with GaLore. Without flags: a tiny one, in minutes.",
+    )
+    if config.resume is not None:
+        config = dataclasses.replace(config, run_dir=config.resume)
+        for name in config_lib.changed(default, config):
+            before, now = getattr(default, name), getattr(config, name)
+            raise UserError(
+                f"{flag(name)}: the run to resume has {before!r}, not {now!r}. Leave"
+                f" {flag(name)} out, or start a new run."
+            )
+    check(config)
+    return config
