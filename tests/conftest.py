@@ -12,7 +12,6 @@ import shutil
 import sys
 import tempfile
 
-import numpy as np
 import pytest
 
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -47,15 +46,10 @@ def clear_caches():
 def folder(tmp_path, monkeypatch) -> pathlib.Path:
     """A folder with some text, in which the model called tiny is a smaller one."""
     from examples import llama  # It imports JAX, which the settings above come before.
-    from tests.small_run import SMALL
+    from tests.small_run import SMALL, write_texts
 
     monkeypatch.setitem(llama.CONFIGS, "tiny", SMALL)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    words = ["alpha", "beta", "gamma", "delta", "while", "return"]
-    for i in range(12):
-        order = np.random.default_rng(i).integers(0, len(words), 300)
-        (texts / f"{i}.txt").write_text(" ".join(words[j] for j in order))
+    write_texts()
     return tmp_path

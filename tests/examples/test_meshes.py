@@ -16,9 +16,10 @@ from examples import config as config_lib
 from examples import data as data_lib
 from examples.errors import UserError
 from tests.examples.bigram import run
-from tests.examples.test_pretrain import metrics
-from tests.examples.test_survival import ROOT, begun, folder  # noqa: F401
 from tests.problems import run_with_devices
+from tests.small_run import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # --- The flags ---
 
@@ -126,6 +127,7 @@ import os, pathlib, tempfile
 import jax, numpy as np
 from examples import config, llama, meshes, pretrain, runs
 from tests.examples.bigram import FLAGS
+from tests.small_run import write_texts
 
 llama.CONFIGS["tiny"] = llama.LlamaConfig(300, 36, 60, heads=3, layers=3, kv_heads=1)
 FLAGS = [*FLAGS, "--optimizer", "galore_adamw", "--rank", "5", "--update-proj-gap", "2",
@@ -134,10 +136,7 @@ FLAGS = [*FLAGS, "--optimizer", "galore_adamw", "--rank", "5", "--update-proj-ga
 MESH = ["--mesh", "data=2,fsdp=4"]
 
 os.chdir(tempfile.mkdtemp())
-pathlib.Path("texts").mkdir()
-words = ["alpha", "beta", "gamma", "delta", "while", "return"]
-for i in range(12):
-    pathlib.Path(f"texts/{i}.txt").write_text(" ".join(np.random.default_rng(i).choice(words, 300)))
+write_texts()
 
 def train(*flags):
     assert pretrain.main(flags) == 0
@@ -190,7 +189,7 @@ sys.exit(bigram.run(*sys.argv[1:], before_step=stop))
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(folder):  # noqa: F811
+def test_two_processes_train_as_one(run_folder):
     """One of them is told to stop; both do, after the same step. One goes on alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,6 +1,5 @@
 """Runs survive signals, kills, damaged files, full disks and a second process."""
 
-import contextlib
 import errno
 import json
 import os
@@ -59,20 +58,6 @@ def die_at(step):
     return before_step
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """Texts, their tokenizer and a run called `whole` that nothing happens to."""
-    path = tmp_path_factory.mktemp("begun")
-    (path / "texts").mkdir()
-    words = ["alpha", "beta", "gamma", "delta", "while", "return"]
-    for i in range(12):
-        order = np.random.default_rng(i).integers(0, len(words), 300)
-        (path / "texts" / f"{i}.txt").write_text(" ".join(words[j] for j in order))
-    with contextlib.chdir(path):
-        assert run("--run-dir", "whole") == 0
-    return path
-
-
 @pytest.fixture(autouse=True)
 def ctrl_c():
     """Ctrl-C has an effect, also where the tests run in the background and it has none."""
@@ -81,17 +66,10 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def folder(begun, tmp_path, monkeypatch):
-    """A folder of its own with that in it."""
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-
-
 # --- Stopping ---
 
 
-def test_a_stopped_run_saves_its_last_step(folder, capsys):
+def test_a_stopped_run_saves_its_last_step(run_folder, capsys):
     def stop(done):
         if done == 6:
             signal.raise_signal(signal.SIGTERM)
@@ -107,7 +85,7 @@ def test_a_stopped_run_saves_its_last_step(folder, capsys):
     assert_same("parts")
 
 
-def test_ctrl_c_is_such_a_signal(folder, capsys):
+def test_ctrl_c_is_such_a_signal(run_folder, capsys):
     def stop(done):
         if done == 1:
             signal.raise_signal(signal.SIGINT)
@@ -117,7 +95,7 @@ def test_ctrl_c_is_such_a_signal(folder, capsys):
     assert checkpoints.choose(pathlib.Path("parts")) == 2
 
 
-def test_a_second_ctrl_c_stops_at_once(folder, capsys):
+def test_a_second_ctrl_c_stops_at_once(run_folder, capsys):
     def stop(done):
         if done == 6:
             signal.raise_signal(signal.SIGINT)
@@ -128,7 +106,7 @@ def test_a_second_ctrl_c_stops_at_once(folder, capsys):
     assert checkpoints.choose(pathlib.Path("parts")) == 4
 
 
-def test_lost_steps_are_taken_again(folder):
+def test_lost_steps_are_taken_again(run_folder):
     """A run that died after its last checkpoint: logged steps are dropped and repeated."""
     assert run("--run-dir", "died", "--stop-at", "8") == 0
     lost = [json.dumps(row | {"loss": 0.0}) + "\n" for row in metrics("whole")[8:11]]
@@ -176,7 +154,7 @@ def half_checksums(step):
     path.write_text(path.read_text()[:40])
 
 
-def test_a_damaged_checkpoint_is_found_and_passed_over(folder, capsys):
+def test_a_damaged_checkpoint_is_found_and_passed_over(run_folder, capsys):
     for hurt in (truncated, deleted, gone, half_checksums, emptied_metadata, flipped):
         shutil.rmtree("hurt", ignore_errors=True)
         shutil.copytree("whole", "hurt")
@@ -194,7 +172,7 @@ def test_a_damaged_checkpoint_is_found_and_passed_over(folder, capsys):
     assert_same("hurt")
 
 
-def test_where_no_checkpoint_is_sound_nothing_is_touched(folder, capsys):
+def test_where_no_checkpoint_is_sound_nothing_is_touched(run_folder, capsys):
     shutil.copytree("whole", "hurt")
     flipped(12)
     deleted(8)
@@ -209,7 +187,7 @@ def test_where_no_checkpoint_is_sound_nothing_is_touched(folder, capsys):
     assert "it is gone" in one_line(capsys)
 
 
-def test_a_checkpoint_that_was_just_finished_counts(folder):
+def test_a_checkpoint_that_was_just_finished_counts(run_folder):
     """The process died before the checksums; and in the middle of the save after it."""
     assert run("--run-dir", "parts", "--stop-at", "8") == 0
     pathlib.Path("parts/checksums/8.json").unlink()
@@ -226,7 +204,7 @@ def test_a_checkpoint_that_was_just_finished_counts(folder):
     assert checkpoints.damage(pathlib.Path("parts"), 8) == "it has no checksums"
 
 
-def test_a_checkpoint_without_checksums_that_does_not_load(folder, capsys):
+def test_a_checkpoint_without_checksums_that_does_not_load(run_folder, capsys):
     shutil.copytree("whole", "hurt")
     shutil.rmtree("hurt/checkpoints/12/state")
     pathlib.Path("hurt/checksums/12.json").unlink()
@@ -242,7 +220,7 @@ def test_a_checkpoint_without_checksums_that_does_not_load(folder, capsys):
 
 
 @pytest.mark.parametrize("again", [["--resume", "died"], ["--run-dir", "died"]])
-def test_a_run_without_a_checkpoint_begins_anew(folder, again):
+def test_a_run_without_a_checkpoint_begins_anew(run_folder, again):
     with pytest.raises(Killed):
         run("--run-dir", "died", before_step=die_at(3))
     assert len(metrics("died")) == 3 and not checkpoints.exist(pathlib.Path("died"))
@@ -250,7 +228,7 @@ def test_a_run_without_a_checkpoint_begins_anew(folder, again):
     assert_same("died")
 
 
-def test_a_folder_is_taken_for_the_same_run_alone(folder, capsys):
+def test_a_folder_is_taken_for_the_same_run_alone(run_folder, capsys):
     with pytest.raises(Killed):
         run("--run-dir", "died", before_step=die_at(3))
     assert run("--run-dir", "died", "--seed", "1") == 2
@@ -261,7 +239,7 @@ def test_a_folder_is_taken_for_the_same_run_alone(folder, capsys):
     assert "already holds a run" in one_line(capsys)
 
 
-def test_a_mistake_leaves_no_folder(folder):
+def test_a_mistake_leaves_no_folder(run_folder):
     assert run("--run-dir", "new", "--data", "nowhere.txt") == 2
     assert not pathlib.Path("new").exists()
 
@@ -269,7 +247,7 @@ def test_a_mistake_leaves_no_folder(folder):
 # --- One process a run ---
 
 
-def test_a_second_process_is_sent_away(folder, capsys):
+def test_a_second_process_is_sent_away(run_folder, capsys):
     told = []
 
     def second(done):
@@ -285,7 +263,7 @@ def test_a_second_process_is_sent_away(folder, capsys):
     assert [row["step"] for row in metrics("one")] == list(range(1, 13))
 
 
-def test_where_there_are_no_locks_the_run_says_so_and_goes_on(folder, monkeypatch, capsys):
+def test_where_there_are_no_locks_the_run_says_so_and_goes_on(run_folder, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
@@ -308,7 +286,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_disk_that_is_full_when_saving(folder, monkeypatch, capsys, small_files):
+def test_a_disk_that_is_full_when_saving(run_folder, monkeypatch, capsys, small_files):
     def fill(done):
         if done == 7:
             small_files(20_000)  # Metrics still fit.
@@ -324,7 +302,7 @@ def test_a_disk_that_is_full_when_saving(folder, monkeypatch, capsys, small_file
     assert_same("parts")
 
 
-def test_a_disk_that_is_full_for_the_metrics(folder, capsys, small_files):
+def test_a_disk_that_is_full_for_the_metrics(run_folder, capsys, small_files):
     def fill(done):
         if done == 9:
             small_files(pathlib.Path("parts/metrics.jsonl").stat().st_size + 100)
@@ -336,7 +314,7 @@ def test_a_disk_that_is_full_for_the_metrics(folder, capsys, small_files):
     assert_same("parts")
 
 
-def test_a_disk_that_is_full_at_the_start(folder, capsys, small_files):
+def test_a_disk_that_is_full_at_the_start(run_folder, capsys, small_files):
     assert run("--run-dir", "one", "--stop-at", "1") == 0  # The tokenizer is in the cache now.
     capsys.readouterr()
     small_files()
@@ -350,7 +328,7 @@ def test_a_disk_that_is_full_at_the_start(folder, capsys, small_files):
     assert "--cache-dir: 'other/bpe-" in one_line(capsys)
 
 
-def test_other_errors_keep_their_traceback(folder):
+def test_other_errors_keep_their_traceback(run_folder):
     def mistake(done):
         raise KeyError(done)
 
@@ -387,7 +365,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
 # --- The config ---
 
 
-def test_a_config_that_cannot_be_trusted_is_refused(folder, capsys):
+def test_a_config_that_cannot_be_trusted_is_refused(run_folder, capsys):
     assert run("--run-dir", "one", "--stop-at", "1") == 0
     path = pathlib.Path("one/config.json")
     text = path.read_text()
@@ -425,7 +403,7 @@ sys.exit(bigram.run(*sys.argv[1:], before_step=kill))
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_as_it_saves(folder):
+def test_a_run_that_is_killed_as_it_saves(run_folder):
     """Its first checkpoint at that; what it has locked is free."""
 
     command = [sys.executable, "-c", KILLED, "--run-dir", "died"]
