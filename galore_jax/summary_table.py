@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.layers.update import value_and_update
 from galore_jax.matrix.trees import owners
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.ldadam import LDAdamState
 from galore_jax.projector.storage import from_tree
 from galore_jax.state import Answer, GaLoreState, Told, ask, in_multi_steps
+from galore_jax.subspace.gradients import value_and_grad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Summary:
             f"optimizer state {_bytes(self.total.state)} = {share:.1%} of the "
             f"{_bytes(self.total.without_galore)} that the same optimizer keeps without GaLore"
         )
+        left = [row for row in self.rows if row.rank is None]
+        weights, state = (
+            sum(getattr(row, field) for row in left) / max(1, getattr(self.total, field))
+            for field in ("weights", "state")
+        )
+        note += f"\nnot projected: {weights:.1%} of the weights, with {state:.1%} of the state"
         head = ("step", "weights", "gradients", "state", "activations", "total")
         steps = _aligned([head, *map(_step_cells, self.steps)], left=1)
         return "\n".join([text[0], rule, *text[1:-1], rule, text[-1], note, "", *steps])
@@ -95,11 +103,12 @@ def summary(
     alone, so a 7B model can be summarised on a laptop.
 
     Then an estimate of what a training step holds, for gradients in full (`jax.value_and_grad`),
-    in the subspace (`galore_jax.value_and_grad`, where the optimizer allows it) and layer by layer
+    in the subspace (`galore_jax.value_and_grad`) and layer by layer
     (`galore_jax.value_and_update`, one layer's gradient at a time): weights, gradients,
-    optimizer state and, with `loss_fn`, what the forward pass keeps for the backward pass. What
-    a compiler adds for its work is not in it: for LLaMA of 60M to 7B, in all three ways, totals
-    are from 14 % below to 1 % above the compiled step's on a CPU (`benchmarks/memory.py`).
+    optimizer state and, with `loss_fn`, what the forward pass keeps for the backward pass. A way
+    that the optimizer does not allow is not listed; nor, with `loss_fn`, one that the model does
+    not. What a compiler adds for its work is not in it: for LLaMA of 60M to 7B, in all three ways,
+    totals are from 14 % below to 1 % above the compiled step's on a CPU (`benchmarks/memory.py`).
 
     Args:
         tx: a transformation with `galore` in it: an alias, a chain, inside MultiSteps, ...
@@ -126,6 +135,7 @@ def summary(
         ---------------------------------------------------------------------------------------
         total                                           4.0 MB   256.0 KB       2.0 MB   8.0 MB
         optimizer state 2.3 MB = 28.3% of the 8.0 MB that the same optimizer keeps without GaLore
+        not projected: 0.2% of the weights, with 0.7% of the state
         <BLANKLINE>
         step       weights  gradients   state  activations    total
         full        4.0 MB     4.0 MB  2.3 MB            ?  10.3 MB
@@ -152,11 +162,11 @@ def summary(
     fields = ("weights", "projector", "inner_state", "without_galore")
     sums = {f: sum(getattr(r, f) for r in rows) for f in fields}
     total = Row("total", None, "", None, **sums)
-    steps = _steps(rows, told, state, params, loss_fn, args)
+    steps = _steps(tx, rows, told, state, params, loss_fn, args)
     return Summary(tuple(rows), total, steps)
 
 
-def _steps(rows, told: list[Told], state, params, loss_fn, args) -> tuple[Step, ...]:
+def _steps(tx, rows, told: list[Told], state, params, loss_fn, args) -> tuple[Step, ...]:
     views = [view for galore in told for view in galore.answer.where.views]
     full = _nbytes(params)
     saved = None
@@ -176,8 +186,23 @@ def _steps(rows, told: list[Told], state, params, loss_fn, args) -> tuple[Step, 
     gradients = {"full": full, "subspace": alone + low_rank, "layerwise": alone + layer}
     if any(galore.answer.needs for galore in told) or in_multi_steps(state):
         del gradients["subspace"]
+    if loss_fn is not None:
+        for tier, step in (("subspace", value_and_grad), ("layerwise", value_and_update)):
+            if tier in gradients and not _is_taken(step(loss_fn, tx), params, state, *args):
+                del gradients[tier]
     kept = _nbytes(state)
     return tuple(Step(tier, full, g, kept, saved) for tier, g in gradients.items())
+
+
+def _is_taken(step: Callable[..., Any], *args: Any) -> bool:
+    """Whether a way to take a step refuses nothing when it is traced."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            jax.eval_shape(step, *args)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _rows(answer: Answer, state: GaLoreState) -> tuple[list[Row], int, int]:

@@ -81,7 +81,7 @@ def test_a_7b_model_costs_nothing():
     per_layer = 4 * (d * 1024 * 3) + 3 * (d * 1024 + 2 * 1024 * ff)
     steps = 4 * layers * len(shapes)  # of the last refresh, by matrix
     assert table.total.state == 4 * layers * per_layer + steps + 8
-    assert "optimizer state" in str(table) and len(str(table).splitlines()) == len(shapes) + 11
+    assert "optimizer state" in str(table) and len(str(table).splitlines()) == len(shapes) + 12
 
 
 def test_a_step_in_each_tier():
@@ -92,7 +92,7 @@ def test_a_step_in_each_tier():
     )
 
     def loss_fn(params, x):
-        x = galore_jax.layerwise(lambda w, x: jnp.tanh(x @ w @ w.T), params["blocks"], x)
+        x = galore_jax.layerwise(lambda w, x: jnp.tanh(x @ w)[:, :m], params["blocks"], x)
         return jnp.sum(x @ params["embed"].T)
 
     x = jax.ShapeDtypeStruct((rows, m), jnp.float32)
@@ -106,8 +106,30 @@ def test_a_step_in_each_tier():
     # The blocks' inputs, and little beside: far from all that a block computes.
     assert layers * rows * m * 4 <= full.activations <= 3 * layers * rows * m * 4
     assert full.total == sum((full.weights, full.gradients, full.state, full.activations))
+    assert "not projected: 11.5% of the weights" in str(table)
     unknown = galore_jax.summary(tx, params)
     assert unknown.steps[0].activations is None and "?" in str(unknown)
+
+
+def test_only_ways_that_are_taken_are_listed():
+    params = {"blocks": jnp.ones((6, 32, 64)), "head": jnp.ones((32, 8))}
+    rule = {"blocks": optax.contrib.GaLoreDimensionNumbers(1, 2), "head": None}
+    tx = galore_jax.galore_adamw(1e-3, rank=4, weight_dimension_numbers=rule)
+
+    def twice(w, x):
+        return jnp.tanh(x @ w @ w.T)
+
+    def by_layers(params, x):
+        return jnp.sum(galore_jax.layerwise(twice, params["blocks"], x) @ params["head"])
+
+    def by_scan(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w)[:, :32], None), x, params["blocks"])
+        return jnp.sum(x @ params["head"])
+
+    x = jax.ShapeDtypeStruct((10, 32), jnp.float32)
+    for loss, tiers in ((by_layers, ["full", "layerwise"]), (by_scan, ["full", "subspace"])):
+        found = galore_jax.summary(tx, jax.eval_shape(lambda: params), loss, x)
+        assert [step.tier for step in found.steps] == tiers
 
 
 def test_nothing_to_summarise_is_an_error():

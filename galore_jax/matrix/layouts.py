@@ -19,7 +19,7 @@ import optax
 from galore_jax.matrix.trees import bare, keys, path_string
 from galore_jax.warn import warn
 
-# A leaf of so many numbers that no rule knows is worth a warning.
+# A leaf of so many numbers that stays unprojected is worth a warning.
 LARGE = 2**16
 
 # What has a number for each feature, however many axes layers and heads add.

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from galore_jax.matrix import specs
+from galore_jax.matrix.layouts import LARGE
 from galore_jax.matrix.trees import Sites, path_string
 from galore_jax.matrix.view import MatrixView
 from galore_jax.precision import wide_dtype
@@ -46,8 +47,11 @@ DEFAULT_EXCLUDE = (
     rf"|^(params/)?output(_layer|_proj(ection)?)?(/({_LEAF}))?$"
 )
 
-# Below this many numbers a leaf that stays unprojected is not worth a warning.
-_LARGE = 2**16
+_SAY_AXES = (
+    "weight_dimension_numbers says which axes form the matrix, galore_jax.matrix_axes for the "
+    "layouts in use"
+)
+_LESS_RANK = "a share of that side, as rank=0.25, fits every matrix"
 
 Rank = int | float | Callable[[str, tuple[int, ...]], int | float]
 
@@ -59,7 +63,7 @@ class Unprojected:
     path: str
     shape: tuple[int, ...]
     reason: str
-    missed: bool = False  # would have been worth projecting, had there been a spec
+    advice: str = ""  # for a large leaf: how it would be projected
 
 
 Plan = list[MatrixView | Unprojected]
@@ -90,26 +94,29 @@ def sites(plan: Plan, treedef: Any) -> Sites:
 
 
 def warn_about(plan: Plan) -> None:
-    """Warn when nothing is projected, or a large leaf is missed for want of a spec."""
-    missed = [p for p in plan if isinstance(p, Unprojected) and p.missed]
-    if missed:
-        names = ", ".join(f"'{p.path}' {p.shape}" for p in missed[:3])
-        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
-        warn(
-            f"galore leaves {names}{more} unprojected: an array of three or more axes needs "
-            "weight_dimension_numbers to say which axes form the matrix: "
-            "galore_jax.matrix_axes knows the layouts in use, or takes your word for others"
-        )
+    """Warn when nothing is projected, or large leaves are not that could be."""
+    missed: dict[str, list[Unprojected]] = {}
+    for p in plan:
+        if isinstance(p, Unprojected) and p.advice:
+            missed.setdefault(p.advice, []).append(p)
+    parts = []
+    for advice, leaves in missed.items():
+        names = ", ".join(f"'{p.path}' {p.shape}" for p in leaves[:3])
+        more = f" and {len(leaves) - 3} more" if len(leaves) > 3 else ""
+        parts.append(f"{names}{more}: {leaves[0].reason}; {advice}")
     if plan and not any(isinstance(p, MatrixView) for p in plan):
         reasons: dict[str, list[str]] = {}
         for p in plan:
             reasons.setdefault(p.reason, []).append(p.path)  # type: ignore[union-attr]
         text = "; ".join(f"{why} ({len(at)}, e.g. '{at[0]}')" for why, at in reasons.items())
-        warn(f"galore projects no leaf, so it saves no memory: {text}")
+        warn(". ".join([f"galore projects no leaf, so it saves no memory: {text}", *parts]))
+    elif parts:
+        warn(". ".join(["galore leaves large arrays unprojected, with full moments", *parts]))
 
 
 def _plan_leaf(path, x, spec, rank, proj_type, excluded) -> MatrixView | Unprojected:
     shape = jnp.shape(x)
+    large = math.prod(shape) >= LARGE
     if math.prod(shape) == 0:
         return Unprojected(path, shape, "empty")
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
@@ -117,15 +124,16 @@ def _plan_leaf(path, x, spec, rank, proj_type, excluded) -> MatrixView | Unproje
     if excluded is not None and excluded.search(path):
         return Unprojected(path, shape, "path matches exclude")
     if spec is None:
-        missed = len(shape) >= 3 and math.prod(shape) >= _LARGE and min(shape[-2:]) > 1
-        return Unprojected(path, shape, "not a matrix", missed)
+        many = len(shape) >= 3 and large and min(shape[-2:]) > 1
+        return Unprojected(path, shape, "not a matrix", _SAY_AXES if many else "")
     if isinstance(spec, specs.Skip):
         return Unprojected(path, shape, "weight_dimension_numbers is None")
     batch, reduction, output = specs.axes(path, shape, spec)
     view = MatrixView(path, shape, batch, reduction, output, "in", 0, wide_dtype(x))
     r = _rank(rank, path, shape, min(view.m, view.n))
     if min(view.m, view.n) <= r:
-        return Unprojected(path, shape, f"smaller side {min(view.m, view.n)} <= rank {r}")
+        reason = f"smaller side {min(view.m, view.n)} <= rank {r}"
+        return Unprojected(path, shape, reason, _LESS_RANK if large else "")
     return dataclasses.replace(view, side=_side(proj_type, view.m, view.n), rank=r)
 
 

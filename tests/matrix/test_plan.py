@@ -272,8 +272,23 @@ def test_nothing_to_project_is_a_warning_with_the_reason():
 def test_a_large_leaf_without_a_spec_is_a_warning(make):
     tx = make(1e-3, rank=8)
     params = {"stack": jnp.zeros((4, 128, 256)), "w": jnp.zeros((16, 16))}
-    with pytest.warns(UserWarning, match=r"'stack' \(4, 128, 256\) unprojected.*matrix_axes"):
+    with pytest.warns(UserWarning, match=r"'stack' \(4, 128, 256\): not a matrix; .*matrix_axes"):
         tx.init(params)
+
+
+def test_a_large_leaf_with_a_side_below_the_rank_is_a_warning():
+    tx = galore_jax.galore_adamw(1e-3, rank=128)
+    params = {
+        "kv": jnp.zeros((1024, 128)),
+        "q": jnp.zeros((1024, 256)),
+        "router": jnp.zeros((99, 8)),
+    }
+    params |= {"embed": {"embedding": jnp.zeros((4096, 64))}}
+    match = r"'kv' \(1024, 128\): smaller side 128 <= rank 128; a share"
+    with pytest.warns(UserWarning, match=match) as found:
+        tx.init(params)
+    (message,) = [str(x.message) for x in found]
+    assert "rank=0.25" in message and "router" not in message and "embed" not in message
 
 
 def test_no_warning_where_all_is_well(recwarn):
