@@ -20,12 +20,14 @@ from galore_jax import quantize
 from galore_jax.boundary import transformation
 from galore_jax.compiler import in_one_piece
 from galore_jax.control import alike
+from galore_jax.matrix.layouts import stacked_vectors
 from galore_jax.matrix.trees import path_string
 from galore_jax.meshes import auto_mesh
 from galore_jax.precision import debias
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, Format
 
-# Smaller leaves keep float32 moments: little to save, and norms and biases matter.
+# Smaller leaves keep float32 moments, and norms and biases of however many layers: there is
+# little to save, and they matter.
 MIN_SIZE = 4096
 
 # A stack is processed slice by slice from this many numbers a slice on; smaller slices are
@@ -72,7 +74,8 @@ def scale_by_adam8bit(
     the dtype of gradients and parameters; updates come back in the parameters' dtype (the
     gradients' where `update` gets no params).
 
-    A leaf of fewer than 4096 numbers keeps float32 moments. In a larger one blocks run along the
+    A leaf of fewer than 4096 numbers keeps float32 moments, as do vectors of stacked layers, which
+    what is beside them tells (see `galore_jax.matrix_axes`). In a larger one blocks run along the
     longer of the last two axes, which in the subspace of a gradient is not the one of the rank:
     each block then belongs to one direction, however far the spectrum falls. No v above zero is
     stored as zero, so that no step is m over :math:`\epsilon`. For stacked weights (layers, m, n)
@@ -213,19 +216,20 @@ def _check_state(name: str, state: Any, wanted: type) -> None:
 def _init(name: str, params: optax.Params, formats: Sequence[Format]) -> list[optax.Updates]:
     """Trees of the moments and then of their scales, for zeros."""
 
-    def leaf(path, x):
+    def leaf(path, x, vector):
         shape, dtype = jnp.shape(x), jnp.result_type(x)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"scale_by_{name}8bit: leaf '{path_string(path)}' is {dtype}; moments in 8 bits "
                 "need real floating numbers. Keep it out with optax.masked or optax.partition"
             )
-        if math.prod(shape) < MIN_SIZE:
+        if math.prod(shape) < MIN_SIZE or vector:
             return [(jnp.zeros(shape, jnp.float32), optax.MaskedNode()) for _ in formats]
         return [quantize.zeros(shape, fmt) for fmt in formats]
 
     treedef = jax.tree.structure(params)
-    leaves = [leaf(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    paths, vectors = jax.tree_util.tree_leaves_with_path(params), stacked_vectors(params)
+    leaves = [leaf(*x, vector) for x, vector in zip(paths, vectors, strict=True)]
     return [
         treedef.unflatten([made[i][part] for made in leaves])
         for part in (0, 1)

@@ -8,7 +8,7 @@ from flax import nnx
 import galore_jax
 from examples import llama
 from tests.models import LAYERS, OPTIONS, WIDTH, batches, plain
-from tests.problems import once_but, run_with_devices
+from tests.problems import normal, once_but, run_with_devices
 from tests.subspace.test_gradients import LOOSE, TRAININGS, full, relative, train, trained_in_full
 
 
@@ -366,3 +366,32 @@ def test_one_array_at_two_places_is_refused():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="clip_norm must be positive or None, got -1"):
         galore_jax.value_and_update(no_layers, optax.adam(1e-3), clip_norm=-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [576, 896, 960, 1000])
+def test_eight_bits_at_widths_of_real_models_in_all_tiers(width):
+    """More than 4,096 numbers of stacked norms, blocks that are no multiples of 256."""
+    layers, x = 9, jnp.asarray(normal(0, 3, width))
+    params = {
+        "blocks": {"norm": 1 + 0.1 * normal(1, layers, width), "up": normal(2, layers, width, 40)},
+        "head": normal(3, width, 7) / width,
+    }
+
+    def loss_fn(params, x):
+        def block(p, x):
+            return x + 0.1 * jnp.tanh((x * p["norm"]) @ p["up"] / 24) @ jnp.ones((40, width)) / 40
+
+        x = galore_jax.layerwise(block, params["blocks"], x)
+        return jnp.mean(jnp.square(x @ params["head"] - 1))
+
+    tx = galore_jax.galore_adamw8bit(
+        1e-2, rank=8, weight_dimension_numbers=galore_jax.matrix_axes, method="svd"
+    )
+    data = [x] * 3
+    want, *_ = train(full(loss_fn), tx, params, data)
+    for got in (
+        train(galore_jax.value_and_grad(loss_fn, tx), tx, params, data)[0],
+        train_layerwise(loss_fn, tx, params, data)[0],
+    ):
+        assert relative(want, got, params) < 1e-2

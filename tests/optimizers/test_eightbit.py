@@ -318,6 +318,21 @@ def test_any_tree(shapes, dtype, grad_dtype, with_params):
         )
 
 
+@pytest.mark.parametrize("width", [576, 896, 960, 1000])
+def test_widths_that_are_no_power_of_two(width):
+    """At most 1.05 bytes a number; vectors of however many layers in float32; no block of two."""
+    layers = 30
+    params = {
+        "norm": {"scale": jnp.ones((layers, width))},
+        "up": {"kernel": jnp.ones((layers, width, 3 * width + 8))},
+    }
+    state = jax.eval_shape(scale_by_lion8bit().init, params)
+    mu, scale = state.mu["up"]["kernel"], state.mu_scale["up"]["kernel"]
+    assert mu.dtype == jnp.uint8 and state.mu["norm"]["scale"].dtype == jnp.float32
+    assert mu.size + 4 * scale.size <= 1.05 * params["up"]["kernel"].size
+    assert scale.shape[0] == layers
+
+
 def test_bfloat16_gradients_do_not_coarsen_float32_updates():
     """Also where a stack's updates are written over its gradients."""
     tx = scale_by_adam8bit()
