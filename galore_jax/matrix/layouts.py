@@ -7,6 +7,7 @@ say; which axis is which, shapes. Where they do not, nothing is guessed.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -34,12 +35,14 @@ _ATTENTION = re.compile(
 # Two or three matrices in one array.
 _FUSED = re.compile(r"(?i)(^|[/_])(qkv|kv|gat(e|ing)|wi)")
 # Of these what has more than two axes is one matrix for each expert.
-_EXPERTS = re.compile(r"(?i)moe|expert|mlp|ffn|ffw|feed_?forward|(gate|up|down)_?proj")
+_EXPERTS = re.compile(
+    r"(?i)moe|expert|mlp|ffn|ffw|feed_?forward|(^|[/_])(gate|up|down|fc_?\d?)(_?proj)?(/|$)"
+)
 _CONVOLUTION = re.compile(r"(?i)conv|patch_?embed")
 
 
 class _Leaf(NamedTuple):
-    at: int  # its place among the tree's leaves
+    at: int | None  # its place among the tree's leaves; None for one that a mask has hidden
     keys: tuple[str, ...]
     shape: tuple[int, ...]
     axes: tuple[int, ...]  # those that are not known to be stacks
@@ -96,18 +99,17 @@ def matrix_axes(
     """
     refuse_scalar("matrix_axes", params)
     paths, treedef = jax.tree_util.tree_flatten_with_path(bare(params))
-    leaves = [_leaf(i, path, x) for i, (path, x) in enumerate(paths)]
     names = [path_string(path) for path, _ in paths]
     given = _given(names, overrides or {})
     if stacked is not None:
         _must_match("stacked", stacked, names)
-    found: list[Any] = [None] * len(leaves)
+    found = {i: given.get(i) for i in range(len(names))}
     unknown = []
-    for leaf in _without_stacks(leaves):
-        name = names[leaf.at]
-        if leaf.at in given:
-            found[leaf.at] = given[leaf.at]
+    for leaf in _without_stacks(_leaves(bare(params))):
+        at = leaf.at
+        if at is None or at in given:
             continue
+        name = names[at]
         if stacked is not None and re.search(stacked, name) and 0 in leaf.axes:
             leaf = leaf._replace(axes=tuple(a for a in leaf.axes if a != 0))
         # A single letter may be any matrix's name, or a bias's, which has lost its layers by now.
@@ -116,7 +118,7 @@ def matrix_axes(
             continue
         matrix = _matrix(leaf)
         if matrix is not None:
-            found[leaf.at] = optax.contrib.GaLoreDimensionNumbers(*matrix)
+            found[at] = optax.contrib.GaLoreDimensionNumbers(*matrix)
         elif math.prod(leaf.shape) >= LARGE:
             unknown.append(f"'{name}' {leaf.shape}")
     if unknown:
@@ -128,7 +130,7 @@ def matrix_axes(
             "optax.contrib.GaLoreDimensionNumbers(reduction_axis=..., output_axis=...)}, or None "
             "there for no matrix"
         )
-    return treedef.unflatten(found)
+    return treedef.unflatten(found.values())
 
 
 def refuse_scalar(name: str, params: Any) -> None:
@@ -142,19 +144,24 @@ def refuse_scalar(name: str, params: Any) -> None:
 
 def stacked_vectors(params: optax.Params) -> list[bool]:
     """Which leaves are vectors of several layers, one on the other."""
-    leaves = [_leaf(i, *x) for i, x in enumerate(jax.tree_util.tree_leaves_with_path(params))]
-    found = [False] * len(leaves)
-    for leaf in _without_stacks(leaves):
-        found[leaf.at] = len(leaf.axes) < 2 <= len(leaf.shape)
+    found = {x.at: len(x.axes) < 2 <= len(x.shape) for x in _without_stacks(_leaves(params))}
+    return [found[i] for i in range(len(jax.tree.leaves(params)))]
+
+
+def _leaves(params: optax.Params) -> list[_Leaf]:
+    """All leaves, and those in whose place `optax.masked` and the like have put a MaskedNode."""
+
+    def masked(x):
+        return isinstance(x, optax.MaskedNode)
+
+    found, places = [], itertools.count()
+    for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=masked):
+        shape = () if masked(x) else jnp.shape(x)
+        # Haiku's keys are paths themselves.
+        parts = (part for key in keys(path) for part in key.split("/") if part not in ("~", ""))
+        at = None if masked(x) else next(places)
+        found.append(_Leaf(at, tuple(parts) or ("",), shape, tuple(range(len(shape)))))
     return found
-
-
-def _leaf(at: int, path: Sequence[Any], x: Any) -> _Leaf:
-    shape = jnp.shape(x)
-    # Haiku's keys are paths, Equinox's and NNX's have numbers for the elements of lists.
-    parts = tuple(part for key in keys(path) for part in key.split("/") if part not in ("~", ""))
-    parts = parts or ("",)
-    return _Leaf(at, parts, shape, tuple(range(len(shape))))
 
 
 def _must_match(name: str, expression: str, paths: Sequence[str]) -> None:
@@ -192,7 +199,7 @@ def _without_stacks(leaves: list[_Leaf], depth: int = 0) -> list[_Leaf]:
     parts: dict[str | None, list[_Leaf]] = {}
     for leaf in leaves:
         parts.setdefault(leaf.keys[depth] if depth < len(leaf.keys) else None, []).append(leaf)
-    alone = parts.pop(None, [])
+    alone = [x for x in parts.pop(None, []) if x.at is not None]
     return alone + [x for part in parts.values() for x in _without_stacks(part, depth + 1)]
 
 
@@ -200,16 +207,17 @@ def _shared(leaves: Sequence[_Leaf]) -> int | None:
     """The place of an axis that all leaves are stacked along: their first or second, or none."""
     if len({x.keys[:-1] for x in leaves}) == 1 and _ATTENTION.search("/".join(leaves[0].keys[-2:])):
         return None  # A bias of heads and channels is no stack of biases.
-    vectors = [x for x in leaves if _is_vector(x)]
-    kernels = [x for x in leaves if not _is_vector(x)]
-    # Where a mask has left no norm or bias, both parts of a block have more than two axes.
-    parts = [x for x in (_ATTENTION, _EXPERTS) if any(x.search(_name(leaf)) for leaf in kernels)]
-    sure = any(len(x.axes) == 2 for x in vectors) or (not vectors and len(parts) == 2)
-    if not sure or not any(len(x.axes) > 2 for x in kernels):
+    there = [x for x in leaves if x.at is not None]
+    vectors, kernels = ([x for x in leaves if _is_vector(x) is which] for which in (True, False))
+    told = any(len(x.axes) == 2 for x in vectors)
+    if any(x.at is None for x in vectors):  # Their names are left.
+        modules = {x.keys[:-1] for x in there}
+        told = told or (len(modules) > 1 and all(len(x.axes) > 2 for x in there))
+    if not told or not any(len(x.axes) > 2 for x in kernels):
         return None
     for place in (0, 1):
-        if all(len(x.axes) > max(place, 1) for x in leaves) and (
-            len({x.shape[x.axes[place]] for x in leaves}) == 1
+        if all(len(x.axes) > max(place, 1) for x in there) and (
+            len({x.shape[x.axes[place]] for x in there}) == 1
         ):
             return place
     return None
@@ -238,5 +246,4 @@ def _matrix(leaf: _Leaf) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     if _ATTENTION.search(name) and sum(s == size[widest] for s in size.values()) == 1:
         others = tuple(a for a in axes if a != widest)
         return (others, (widest,)) if widest == max(axes) else ((widest,), others)
-    wide = [a for a in axes if size[a] > 1]
-    return (tuple(wide[:1]), tuple(wide[1:])) if len(wide) == 2 else None
+    return None

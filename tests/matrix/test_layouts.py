@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import warnings
 
 import hypothesis
@@ -114,13 +115,24 @@ def test_vectors_of_stacked_layers_stay_vectors(rule):
     assert found == (set() if rule is None else kernels)
 
 
-def test_layers_are_found_where_a_mask_has_left_no_vectors():
-    heads = {"q": jnp.zeros((4, 64, 2, 32)), "out": jnp.zeros((4, 2, 32, 64))}
-    params = {"attention": heads, "mlp": {"up": jnp.zeros((4, 64, 96))}}
-    found = galore_jax.matrix_axes(params | {"norm": optax.MaskedNode()})
-    assert found["attention"]["q"].output_axis == (2, 3)
-    assert found["attention"]["out"].reduction_axis == (1, 2)
-    assert found["mlp"]["up"].reduction_axis == (1,)
+@pytest.mark.parametrize("path", TREES, ids=lambda path: path.stem)
+def test_parts_of_a_tree_get_what_they_get_in_it(path):
+    """Where a mask or a partition hides norms, or all that is not attention; or a warning."""
+    params, *_ = read(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = by_path(params, galore_jax.matrix_axes(params))
+        for hidden in (r"norm|bias|scale|embed|ln", r"^((?!att).)*$"):
+            part = jax.tree_util.tree_map_with_path(
+                lambda p, x, hidden=hidden: (
+                    optax.MaskedNode() if re.search(hidden, path_string(p)) else x
+                ),
+                params,
+            )
+            caught.clear()
+            for name, spec in by_path(part, galore_jax.matrix_axes(part)).items():
+                said = spec is None and "does not know" in " ".join(str(x.message) for x in caught)
+                assert said or spec == found[name], name
 
 
 @hypothesis.given(
