@@ -3,7 +3,7 @@
 The blocks are one module whose every leaf carries a leading layer axis, so a kernel is an
 array of shape (layers, in, out), and the forward pass is one `lax.scan` over that axis:
 compile time does not grow with depth, and GaLore keeps one projector per layer slice
-(`weight_dimension_numbers=galore_jax.last_two_axes`).
+(`weight_dimension_numbers=galore_jax.matrix_axes`).
 
 Names of axes in shapes: B batch, T time, V vocabulary, D hidden, H query heads, K key-value
 heads, C channels of a head, L layers.

@@ -194,7 +194,7 @@ def create(
         options["weight_decay"] = weight_decay
     if name in STACKED:
         # The blocks are stacked: each layer's slice is a matrix with a projector of its own.
-        options["weight_dimension_numbers"] = galore_jax.last_two_axes
+        options["weight_dimension_numbers"] = galore_jax.matrix_axes
     tx = entry.make(learning_rate, **options)
     if labels is not None:
         other = tx

@@ -112,7 +112,7 @@ def galore(
             and `output_axis` (such as `optax.contrib.MuonDimensionNumbers`) for all leaves, a
             tree (or prefix) of such objects and None, or a callable from parameters to one.
             Axes not named are stacked matrices, each with its own projector. By default 2-D
-            leaves are matrices; `galore_jax.last_two_axes` is the rule for scanned models.
+            leaves are matrices; `galore_jax.matrix_axes` knows the layouts in use.
         projector_dtype: how projectors are stored: float32 (default; float64 for float64
             parameters), bfloat16, or quantised in blocks of up to 256, `int8` or `int4` (two
             to a byte). What is stored is what projects and lifts.

@@ -131,8 +131,9 @@ def test_parts_of_a_tree_get_what_they_get_in_it(path):
             )
             caught.clear()
             for name, spec in by_path(part, galore_jax.matrix_axes(part)).items():
+                small = by_path(params, params)[name].size < LARGE
                 said = spec is None and "does not know" in " ".join(str(x.message) for x in caught)
-                assert said or spec == found[name], name
+                assert small or said or spec == found[name], name
 
 
 @hypothesis.given(
