@@ -14,6 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 import galore_jax
+from benchmarks.layouts import nest
 from galore_jax.matrix.layouts import LARGE
 from galore_jax.matrix.plan import Unprojected, plan
 from galore_jax.matrix.trees import path_string
@@ -27,14 +28,7 @@ TREES = sorted((pathlib.Path(__file__).parents[1] / "trees").glob("*.json"))
 def read(path):
     """A model's parameters as shapes, and for their paths axes and kinds as its source has them."""
     tree = json.loads(path.read_text())
-    params = {}
-    for name, shape in tree["leaves"].items():
-        *parts, last = name.split("/")
-        node = params
-        for part in parts:
-            node = node.setdefault(part, {})
-        node[last] = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-    return params, tree["axes"], tree["kind"]
+    return nest(tree["leaves"]), tree["axes"], tree["kind"]
 
 
 def by_path(params, tree):

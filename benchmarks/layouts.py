@@ -1,0 +1,92 @@
+"""What is projected of real models' parameters, by rule: shapes alone.
+
+    python -m benchmarks.layouts
+
+For the parameter trees in `tests/trees`: the share of the weights of linear maps (as the models'
+sources have them) that is projected in the right matrices, and the state of `galore_adamw` over
+AdamW's, for `weight_dimension_numbers` by default, by `last_two_axes` and by `matrix_axes`; r = 1/4
+of each matrix's smaller side.
+"""
+
+import json
+import math
+import pathlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import galore_jax
+from benchmarks import report
+from galore_jax.matrix.plan import plan
+from galore_jax.matrix.view import MatrixView
+
+TREES = pathlib.Path(__file__).parents[1] / "tests" / "trees"
+RULES = {
+    "default": None,
+    "last_two_axes": galore_jax.last_two_axes,
+    "matrix_axes": galore_jax.matrix_axes,
+}
+
+
+def nest(leaves):
+    """A tree of shapes from paths."""
+    params = {}
+    for name, shape in leaves.items():
+        *parts, last = name.split("/")
+        node = params
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[last] = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    return params
+
+
+def right(view, axes):
+    """Whether a view's matrix is the linear map's, or one of two or three put side by side."""
+
+    def sides(pair):
+        return {frozenset(a for a in side if view.shape[a] not in (2, 3)) for side in pair}
+
+    return sides((view.reduction_axes, view.output_axes)) == sides(axes)
+
+
+def size(tree):
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def figures(path):
+    tree = json.loads(path.read_text())
+    params = nest(tree["leaves"])
+    kernels = {k: v for k, v in tree["axes"].items() if tree["kind"].get(k) in (None, "conv")}
+    total = sum(math.prod(tree["leaves"][k]) for k in kernels)
+    full = size(jax.eval_shape(optax.adamw(1e-3).init, params))
+    found = {"weights": sum(map(math.prod, tree["leaves"].values()))}
+    for name, rule in RULES.items():
+        options = {"rank": 0.25, "weight_dimension_numbers": rule}
+        views = [x for x in plan(params, **options) if isinstance(x, MatrixView)]
+        good = sum(
+            math.prod(x.shape) for x in views if x.path in kernels and right(x, kernels[x.path])
+        )
+        state = size(jax.eval_shape(galore_jax.galore_adamw(1e-3, **options).init, params))
+        found[name] = {"right": good / total, "state": state / full}
+    return found
+
+
+def main(argv=None):
+    args = report.parser(__doc__).parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = {path.stem: figures(path) for path in sorted(TREES.glob("*.json"))}
+    rows = [
+        [name, x["weights"], *(x[rule][k] for rule in RULES for k in ("right", "state"))]
+        for name, x in found.items()
+    ]
+    head = [f"{rule}: {k}" for rule in RULES for k in ("right", "state")]
+    report.table(["model", "weights", *head], rows)
+    result = {"command": "python -m benchmarks.layouts", "rank": 0.25, "models": found}
+    report.write("layouts", result, ("jax", "optax"), args.out)
+
+
+if __name__ == "__main__":
+    main()
