@@ -60,7 +60,7 @@ def _leaves(config: LlamaConfig) -> Iterator[_Leaf]:
     """All leaves of a model, in the order of the tree."""
     shapes = jax.eval_shape(llama.initializer(config, 0)[1])
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
-        keys = tuple(entry.key for entry in path)
+        keys: tuple[str, ...] = tuple(entry.key for entry in path)
         words = [_NAMES.get(key, key) for key in keys]
         if keys[0] != "lm_head":
             words.insert(0, "model")
@@ -190,7 +190,7 @@ def _check(leaves: list[_Leaf], tensors: _Tensors, config: LlamaConfig) -> str:
     left = {name: path for name, path in left.items() if not name.endswith("rotary_emb.inv_freq")}
     head = left.pop("lm_head.weight", None) if config.tied else None
     both = ("lm_head.weight", "model.embed_tokens.weight")
-    if head is not None and not np.array_equal(*map(tensors.read, both)):
+    if head is not None and not np.array_equal(tensors.read(both[0]), tensors.read(both[1])):
         raise UserError(f"{head}: tensor {both[0]} is not the embedding, as {CONFIG} ties it.")
     for name, path in sorted(left.items()):
         raise UserError(f"{path}: tensor {name} has no place in the model of {CONFIG}.")
@@ -238,7 +238,7 @@ def save_hf(
 def _array(params: Mapping[str, Any], leaf: _Leaf) -> Any:
     path = "/".join(leaf.path)
     try:
-        found = functools.reduce(lambda tree, key: tree[key], leaf.path, params)
+        found: Any = functools.reduce(lambda tree, key: tree[key], leaf.path, params)
     except KeyError:
         raise UserError(f"params: {path} is missing, which the config asks for.") from None
     if found.shape != leaf.shape:

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples import hf, llama, rope
+import galore_jax
+from examples import data as data_lib
+from examples import hf, llama, pretrain, rope, training
+from examples import tokenizer as bpe
 from examples.errors import UserError
-from tests.problems import once_but
+from tests.problems import once_but, run_with_devices
+from tests.small_run import metrics
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -372,3 +376,99 @@ def test_memory_of_loading(tmp_path, file_bytes):
         check=True,
     )
     assert 0.9 < float(done.stdout) < 1.2
+
+
+# --- Training ---
+
+VARIED = dataclasses.replace(EVERYTHING, vocab_size=300, max_positions=16, init_scale=0.3)
+
+
+@pytest.mark.slow
+def test_layers_that_differ_in_all_tiers():
+    config = dataclasses.replace(VARIED, qk_norm=True, tied=False)
+    tx = galore_jax.galore_adamw(
+        0.01, rank=4, weight_dimension_numbers=galore_jax.last_two_axes, method="svd"
+    )
+    states = {}
+    for name in ("full", "subspace", "layerwise"):
+        graph, init = llama.initializer(dataclasses.replace(config, remat=name == "layerwise"), 0)
+        step = training.make_train_step(llama.from_graph(graph), tx, lambda _: 0.01, tier=name)
+        state = training.new_state(init(), tx)
+        for i in range(2):
+            rows = np.random.default_rng(i).integers(0, config.vocab_size, (2, 14), np.int32)
+            state, figures = step(state, jnp.asarray(rows))
+        states[name] = state["params"], figures["loss"]
+    for name in ("subspace", "layerwise"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), states["full"], states[name]
+        )
+
+
+def checkpoint(folder: pathlib.Path) -> None:
+    """A model called `model`, with a tokenizer whose end of text is no one else's."""
+    texts = [path.read_text() for path in sorted((folder / "texts").iterdir())]
+    hf.save_hf(folder / "model", VARIED, weights(VARIED))
+    (folder / "model" / "tokenizer.json").write_text(bpe.train(texts, 290).to_str())
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [295, 3]}))
+
+
+def test_vocabulary_of_a_checkpoint(folder):
+    checkpoint(folder)
+    vocabulary = bpe.of_checkpoint("model", 300)
+    assert vocabulary.end == 295
+    assert bpe.encode(vocabulary.tokenizer, "alpha")[-1] != 295
+    assert bpe.encode(vocabulary.tokenizer, "alpha", vocabulary.end)[-1] == 295
+    with pytest.raises(UserError, match=r"tokenizer.json: it has \d+ tokens, and the model 50"):
+        bpe.of_checkpoint("model", 50)
+    (folder / "model" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"--init-from: model/tokenizer.json: not a tokenizer's"):
+        bpe.of_checkpoint("model", 300)
+
+
+FLAGS = [
+    *("--init-from", "model", "--data", "texts", "--seq-len", "16", "--batch-size", "8"),
+    *("--lr", "0", "--steps", "4", "--rank", "4", "--sample-tokens", "3", "--run-dir", "run"),
+]
+
+
+@pytest.mark.slow
+def test_pretrain_continues_a_checkpoint(folder, capsys):
+    checkpoint(folder)
+    assert pretrain.main([*FLAGS, "--vocab-size", "301"]) == 2
+    assert "the checkpoint of --init-from has 300" in capsys.readouterr().err
+    assert pretrain.main([*FLAGS, "--stop-at", "2"]) == 0
+    assert pretrain.main(["--resume", "run"]) == 0
+    assert "model: model, " in capsys.readouterr().out
+    # At a learning rate of 0 the last loss is the checkpoint's own.
+    config, params = hf.load_hf("model")
+    graph, _ = llama.initializer(config, 0)
+    data = data_lib.load(
+        **{"paths": ["texts"], "vocab_size": 300, "seq_len": 16, "batch_size": 8, "seed": 0},
+        vocabulary=bpe.of_checkpoint("model", 300),
+    )
+    expected = training.evaluate(
+        training.make_eval_step(llama.from_graph(graph)),
+        params,
+        data_lib.validation_batches(data.validation, 16, 8),
+    )
+    last = metrics("run")[-1]
+    assert last["step"] == 4
+    np.testing.assert_allclose(last["val_loss"], expected["val_loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_pretrain_continues_a_checkpoint_on_a_mesh(folder):
+    checkpoint(folder)
+    assert pretrain.main(FLAGS) == 0
+    flags = [*FLAGS[:-1], "mesh", "--mesh", "data=2,fsdp=4"]
+    run_with_devices(
+        8,
+        f"""
+        from examples import pretrain
+        assert pretrain.main({flags!r}) == 0
+        """,
+    )
+    one, many = metrics("run"), metrics("mesh")
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[key] for r in one], [r[key] for r in many], rtol=1e-4)
