@@ -7,6 +7,7 @@ is in memory. The architectures are those of `examples.hf_config`.
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -156,7 +157,8 @@ def load_hf(
     dtype = _check(leaves, tensors, config)
     dtype = param_dtype or dtype
     params: dict[str, Any] = {}
-    for leaf in leaves:
+    # The largest tensors first: while one is here twice, little else is.
+    for leaf in sorted(leaves, key=lambda leaf: -math.prod(leaf.their_shape)):
         out = np.empty(leaf.shape, jnp.dtype(dtype))
         for i, name in enumerate(leaf.names):
             tensor = tensors.read(name)
