@@ -479,7 +479,8 @@ def test_a_checkpoint_goes_onto_a_mesh(folder):
         config, params = hf.load_hf("model")
         graph, init = llama.initializer(config, 0)
         tx, ids = optax.sgd(0.1, momentum=0.9), np.arange(40).reshape(4, 10)
-        mesh = jax.make_mesh((2, 2), ("data", "fsdp"))
+        types = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=types)
         wanted = meshes.abstract_state(mesh, jax.eval_shape(init), tx)
         where = jax.tree.map(lambda x: x.sharding, wanted)
         state = meshes.new_state(init, tx, where, lambda: params)
