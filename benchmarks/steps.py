@@ -10,7 +10,7 @@ from flax import nnx
 from optax.contrib import GaLoreDimensionNumbers
 
 import galore_jax
-from examples import llama
+from examples import llama, rope
 from galore_jax import adamw8bit
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
@@ -54,7 +54,7 @@ def unrolled(config: llama.LlamaConfig) -> Problem:
         model = nnx.merge(graph, params | {"blocks": _stack(params["blocks"])})
         block = nnx.graphdef(model.blocks)
         x = model.embed(tokens[:, :-1])
-        turns = llama.rotary(jnp.arange(x.shape[1]), config.head_dim, config.rope_theta)
+        turns = rope.rotary(jnp.arange(x.shape[1]), config.head_size, config.rope_theta)
         for layer in params["blocks"]:
             x = nnx.merge(block, layer)(x, *turns)
         logits = model.logits(model.final_norm(x))

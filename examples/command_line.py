@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tyro
 
 from examples import config as config_lib
-from examples import llama, optimizers
+from examples import hf, llama, optimizers
 from examples.config import Config
 from examples.errors import UserError
 
@@ -42,6 +42,12 @@ def check(config: Config) -> None:
         )
     _check_taken(config)
     _check_devices(config)
+    size = hf.read_config(config.init_from).vocab_size if config.init_from else config.vocab_size
+    if size != config.vocab_size:
+        raise UserError(
+            f"--vocab-size {config.vocab_size}: the checkpoint of --init-from has {size}. Leave it"
+            " out."
+        )
     if config.moments not in (None, "keep") and config.optimizer.endswith("8bit"):
         raise UserError(
             f"--moments {config.moments}: --optimizer {config.optimizer} cannot change its 8-bit"
@@ -124,6 +130,7 @@ def defaults(args: Sequence[str]) -> Config:
     for name in ("--resume", "--model", "--optimizer", "--steps"):
         first.add_argument(name, nargs="?")
     first.add_argument("--batch-size", "--batch_size", nargs="?")
+    first.add_argument("--init-from", "--init_from", nargs="?")
     known, _ = first.parse_known_args(args)
     if known.resume:
         saved = config_lib.read(pathlib.Path(known.resume))
@@ -133,12 +140,14 @@ def defaults(args: Sequence[str]) -> Config:
     def number(text: str | None) -> int | None:
         return int(text) if text and text.isdigit() else None
 
+    size = hf.read_config(known.init_from).vocab_size if known.init_from else None
     # What is no model, or no number, tyro explains when it reads the whole line.
     return config_lib.from_recipe(
         known.model if known.model in llama.CONFIGS else "tiny",
         known.optimizer if known.optimizer in optimizers.OPTIMIZERS else "galore_adamw",
         number(known.steps),
         number(known.batch_size),
+        **({} if size is None else {"vocab_size": size}),
     )
 
 

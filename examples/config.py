@@ -22,6 +22,9 @@ class Config:
 
     model: Literal[tuple(llama.CONFIGS)]  # type: ignore[valid-type]
     """Size of the LLaMA. All but `tiny` are the paper's and want an accelerator."""
+    init_from: str | None = None
+    """Folder of a Hugging Face checkpoint to continue: shape, weights and tokenizer are its own,
+    the recipe is still --model's, so give --lr and --seq-len. A run resumes while it is there."""
     optimizer: Literal[tuple(optimizers.OPTIMIZERS)]  # type: ignore[valid-type]
     """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, scale_sgd), or
     a full-rank counterpart."""
@@ -186,6 +189,11 @@ def from_recipe(
         "save_every": min(1000, -(-steps // 4)),
     }
     return Config(model=model, optimizer=optimizer, steps=steps, **(settings | changes))
+
+
+def model_name(config: Config) -> str:
+    """What is trained, for people."""
+    return pathlib.Path(config.init_from).name if config.init_from else config.model
 
 
 def galore_options(config: Config) -> dict:

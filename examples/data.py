@@ -192,6 +192,7 @@ def load(
     seed: int,
     cache_dir: str | None = None,
     share: tuple[int, int] = (0, 1),
+    vocabulary: bpe.Vocabulary | None = None,
 ) -> Data:
     """Opens a data source; see the flag `--data` of `examples.pretrain`.
 
@@ -205,18 +206,21 @@ def load(
       seed: of the shuffling.
       cache_dir: folder for the trained tokenizer, the user's cache directory by default.
       share: (k, n) for the k-th n-th of each training batch.
+      vocabulary: of a model that is there already; by default a tokenizer is trained.
     """
-    if vocab_size < bpe.SMALLEST_VOCAB:
+    if vocabulary is None and vocab_size < bpe.SMALLEST_VOCAB:
         raise UserError(f"--vocab-size: at least {bpe.SMALLEST_VOCAB} (every byte, end of text).")
     cache = bpe.cache_root(cache_dir)
     if len(paths) == 1 and is_dataset_name(paths[0]):
         from examples import streaming  # Only here: `datasets` takes a second to import.
 
-        return streaming.load(paths[0], vocab_size, seq_len, batch_size, seed, cache, share)
+        return streaming.load(
+            paths[0], vocab_size, seq_len, batch_size, seed, cache, share, vocabulary
+        )
     train, validation = split_documents(read_documents(paths) if paths else stdlib_documents())
-    tokenizer = bpe.cached(train, vocab_size, cache)
-    train_tokens = bpe.encode_all(tokenizer, train)
-    validation_tokens = bpe.encode_all(tokenizer, validation)
+    tokenizer, end = vocabulary or (bpe.cached(train, vocab_size, cache), None)
+    train_tokens = bpe.encode_all(tokenizer, train, end)
+    validation_tokens = bpe.encode_all(tokenizer, validation, end)
     check_length(train_tokens, seq_len, "training")
     if len(validation_tokens) < 2:
         raise UserError("--data: the validation text is empty. Give more text.")

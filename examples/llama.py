@@ -1,5 +1,8 @@
 """LLaMA in Flax NNX: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
+And what its descendants changed: biases, norms of queries and keys, windows, layers without
+positions (`examples.hf` reads their checkpoints).
+
 The blocks are one module whose every leaf carries a leading layer axis, so a kernel is an
 array of shape (layers, in, out), and the forward pass is one `lax.scan` over that axis:
 compile time does not grow with depth, and GaLore keeps one projector per layer slice
@@ -21,48 +24,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 import galore_jax
+from examples import rope
+from examples.attention import causal_attention
+from examples.llama_config import ACTIVATIONS, LlamaConfig
 from examples.losses import chunked_losses, token_losses
 from examples.watching import watched
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Shape and number formats of a model. `kv_heads=None` gives every query head its own."""
-
-    vocab_size: int = 32000
-    hidden: int = 512
-    intermediate: int = 1376
-    heads: int = 8
-    layers: int = 8
-    kv_heads: int | None = None
-    tied: bool = False  # The head is the transposed embedding.
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    init_scale: float = 0.02
-    param_dtype: str = "float32"
-    dtype: str = "float32"  # Of activations; statistics and the softmax are float32 always.
-    remat: bool = False  # Recompute each block's activations in the backward pass.
-    loss_chunk: int = 2**25  # Most logits at once in `Llama.losses`: 128 MiB.
-    # Of a batch on a mesh. Left to itself, XLA cuts activations as the weights rather.
-    batch_sharding: jax.sharding.NamedSharding | None = None
-
-    def __post_init__(self):
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(
-                f"hidden={self.hidden} must be heads={self.heads} times an even head size."
-            )
-        if self.heads % self.num_kv_heads:
-            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key-value heads, given or not."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-        return self.hidden // self.heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,27 +69,14 @@ RECIPES = {
 }
 
 
-def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotation angles, float32 (T, C/2), for positions (T,)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns channel pairs (c, c + C/2) of x (B, T, H, C) by their position's angles."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A kernel (inputs, outputs) without a bias, whose gradient can stay in the subspace."""
+def linear(
+    config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs, bias: bool = False
+) -> nnx.Linear:
+    """A kernel (inputs, outputs), whose gradient can stay in the subspace."""
     return nnx.Linear(
         inputs,
         outputs,
-        use_bias=False,
+        use_bias=bias,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         kernel_init=nnx.initializers.normal(config.init_scale),
@@ -133,11 +86,11 @@ def linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nn
     )
 
 
-def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Divides by the root mean square of the hidden axis, times a learned scale."""
+def rms_norm(config: LlamaConfig, features: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Divides by the root mean square of the last axis, times a learned scale."""
     # nnx.RMSNorm takes the mean of squares in float32 whatever the dtype.
     return nnx.RMSNorm(
-        config.hidden,
+        features,
         epsilon=config.norm_eps,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
@@ -145,77 +98,90 @@ def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     )
 
 
-# Above this many positions attention goes by blocks of queries.
-_QUERIES = 256
-
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention for q (B, T, H, C) and k, v (B, T, K, C), without T x T scores at once.
-
-    A long sequence's queries are taken in blocks, whose scores the backward pass computes again.
-    """
-    time = q.shape[1]
-    if time <= _QUERIES:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    count = -(-time // _QUERIES)
-    size = -(-time // count)
-    padded = jnp.pad(q, [(0, 0), (0, count * size - time), (0, 0), (0, 0)])
-    blocks = padded.reshape(q.shape[0], count, size, *q.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def attend(first, q):
-        seen = first + jnp.arange(size)[:, None] >= jnp.arange(time)
-        return jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
-
-    out = jax.lax.map(lambda block: attend(*block), (jnp.arange(count) * size, blocks))
-    return out.swapaxes(0, 1).reshape(padded.shape)[:, :time]
-
-
 class Attention(nnx.Module):
     """Causal self-attention; K key-value heads serve H query heads."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        width, kv_width = config.hidden, config.num_kv_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.q = linear(config, width, width, rngs)
-        self.k = linear(config, width, kv_width, rngs)
-        self.v = linear(config, width, kv_width, rngs)
-        self.o = linear(config, width, width, rngs)
+        width, kv_width = config.heads * config.head_size, config.num_kv_heads * config.head_size
+        self.head_dim = config.head_size
+        self.q = linear(config, config.hidden, width, rngs, config.qkv_bias)
+        self.k = linear(config, config.hidden, kv_width, rngs, config.qkv_bias)
+        self.v = linear(config, config.hidden, kv_width, rngs, config.qkv_bias)
+        self.o = linear(config, width, config.hidden, rngs, config.out_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (rms_norm(config, self.head_dim, rngs) for _ in range(2))
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        window: int | jax.Array | None = None,
+    ) -> jax.Array:
         """Mixes x (B, T, D) over time; cos and sin are (T, C/2)."""
         by_head = (*x.shape[:2], -1, self.head_dim)  # (B, T, H or K, C)
         q, k, v = (project(x).reshape(by_head) for project in (self.q, self.k, self.v))
-        out = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o(out.reshape(x.shape))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = causal_attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, window)
+        return self.o(out.reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), or another activation."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.gate = linear(config, config.hidden, config.intermediate, rngs)
-        self.up = linear(config, config.hidden, config.intermediate, rngs)
-        self.down = linear(config, config.intermediate, config.hidden, rngs)
+        self.activation = config.activation
+        self.gate = linear(config, config.hidden, config.intermediate, rngs, config.mlp_bias)
+        self.up = linear(config, config.hidden, config.intermediate, rngs, config.mlp_bias)
+        self.down = linear(config, config.intermediate, config.hidden, rngs, config.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x (B, T, D) position by position."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.attention_norm = rms_norm(config, rngs)
+        self.attention_norm = rms_norm(config, config.hidden, rngs)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = rms_norm(config, rngs)
+        self.mlp_norm = rms_norm(config, config.hidden, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        window: int | jax.Array | None = None,
+    ) -> jax.Array:
         """The residual stream (B, T, D) after this layer."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        x = x + self.attention(self.attention_norm(x), cos, sin, window)
         return x + self.mlp(self.mlp_norm(x))
+
+
+def seen_by(
+    config: LlamaConfig, turns: tuple[jax.Array, jax.Array], index: jax.Array | None
+) -> tuple[jax.Array, jax.Array, int | jax.Array | None]:
+    """What the layer of this number is told of positions: cosines, sines, its window.
+
+    Of layers that are alike the number is None.
+    """
+    (cos, sin), window = turns, config.sliding_window
+
+    def flag(given: tuple[bool, ...] | None) -> bool | jax.Array:
+        if given is None or index is None:
+            return given is None or given[0]
+        return jnp.asarray(given)[index.astype(jnp.int32)]
+
+    if (rotated := flag(config.rope_layers)) is not True:
+        cos, sin = jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0)
+    if window is not None and (sliding := flag(config.sliding_layers)) is not True:
+        # Of a query all positions are nearer than all positions there are.
+        window = jnp.where(sliding, window, cos.shape[0])
+    return cos, sin, window
 
 
 class Llama(nnx.Module):
@@ -233,7 +199,7 @@ class Llama(nnx.Module):
         )
         one_per_layer = nnx.split_rngs(splits=config.layers)
         self.blocks = one_per_layer(nnx.vmap(lambda layer_rngs: Block(config, layer_rngs)))(rngs)
-        self.final_norm = rms_norm(config, rngs)
+        self.final_norm = rms_norm(config, config.hidden, rngs)
         if not config.tied:
             self.lm_head = linear(config, config.hidden, config.vocab_size, rngs)
 
@@ -242,24 +208,35 @@ class Llama(nnx.Module):
 
         With a `watch` (L,) each layer's weights are `watched`.
         """
-        config = self.config
-        cos, sin = rotary(jnp.arange(tokens.shape[1]), config.head_dim, config.rope_theta)
+        config, time = self.config, tokens.shape[1]
+        turns = rope.rotary(
+            jnp.arange(time),
+            config.head_size,
+            config.rope_theta,
+            config.rope_scaling,
+            config.max_positions,
+        )
         block_def, stacked = nnx.split(self.blocks)
-        x = self.placed(self.embed(tokens))
 
-        def block(layer, x):
-            return self.placed(nnx.merge(block_def, layer)(x, cos, sin))
+        def block(layer, state):
+            x, index = state
+            x = nnx.merge(block_def, layer)(x, *seen_by(config, turns, index))
+            return self.placed(x), None if index is None else index + 1
 
-        def watched_block(both, x):
-            return block(watched(*both), x)
+        def watched_block(both, state):
+            return block(watched(*both), state)
 
+        # Layers are given no more than their weights where they are updated one by one, so one
+        # that differs from others goes by its number: a float, which has a gradient, zero.
+        index = None if config.layers_alike else jnp.zeros([])
+        state = self.placed(self.embed(tokens)), index
         if watch is not None:
-            x = galore_jax.layerwise(watched_block, (stacked, watch), x)
+            state = galore_jax.layerwise(watched_block, (stacked, watch), state)
         elif config.remat:
-            x = galore_jax.layerwise(block, stacked, x)
+            state = galore_jax.layerwise(block, stacked, state)
         else:
-            x, _ = jax.lax.scan(lambda x, p: (block(p, x), None), x, stacked)
-        return self.final_norm(x)
+            state, _ = jax.lax.scan(lambda x, p: (block(p, x), None), state, stacked)
+        return self.final_norm(state[0])
 
     def placed(self, x: jax.Array) -> jax.Array:
         """The residual stream (B, T, D), cut as its batch is, where that can be cut."""

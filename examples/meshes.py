@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -91,11 +92,33 @@ def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, state: dict) -
 
 
 def new_state(
-    init: Callable[[], dict], tx: optax.GradientTransformation, shardings: training.State | None
+    init: Callable[[], dict],
+    tx: optax.GradientTransformation,
+    shardings: training.State | None,
+    weights: Callable[[], dict] | None = None,
 ) -> training.State:
-    """The state before the first step; on a mesh no device ever holds more than its part."""
+    """The state before the first step; on a mesh no device ever holds more than its part.
+
+    Args:
+      init: makes new parameters, on the devices.
+      tx: the optimizer.
+      shardings: of the state, or None for one device.
+      weights: reads parameters that are there already into the host's memory, in place of `init`.
+    """
     if shardings is None:
-        return training.new_state(init(), tx)
+        made = init() if weights is None else jax.tree.map(jnp.array, weights())
+        return training.new_state(made, tx)
+    if weights is not None:
+        placed = jax.tree.map(
+            lambda x, where: jax.make_array_from_callback(x.shape, where, lambda part: x[part]),
+            weights(),
+            shardings["params"],
+        )
+        rest = jax.jit(
+            lambda p: training.new_state(p, tx) | {"params": None},
+            out_shardings=shardings | {"params": None},
+        )
+        return rest(placed) | {"params": placed}
     return jax.jit(lambda: training.new_state(init(), tx), out_shardings=shardings)()
 
 

@@ -25,6 +25,7 @@ import galore_jax
 from examples import (
     checkpoints,
     command_line,
+    hf,
     interrupts,
     llama,
     meshes,
@@ -36,6 +37,7 @@ from examples import (
 )
 from examples import config as config_lib
 from examples import data as data_lib
+from examples import tokenizer as bpe
 from examples.config import Config
 from examples.errors import UserError
 
@@ -49,8 +51,9 @@ def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:
 
 def model_config(config: Config) -> llama.LlamaConfig:
     """The model's size, in the formats of the run."""
+    given = config.init_from
     return dataclasses.replace(
-        llama.CONFIGS[config.model],
+        hf.read_config(given) if given else llama.CONFIGS[config.model],
         vocab_size=config.vocab_size,
         param_dtype=config.param_dtype,
         dtype=config.dtype,
@@ -98,6 +101,7 @@ class Setup(NamedTuple):
     schedule: optax.Schedule
     # What happens to the training state before a step, given how many are done.
     before_step: Callable[[int, training.State], training.State] | None = None
+    weights: Callable[[], dict] | None = None  # Reads the first parameters, in place of `init`.
 
 
 def setup(config: Config) -> Setup:
@@ -106,7 +110,10 @@ def setup(config: Config) -> Setup:
     graph, init = llama.initializer(model_config(config), config.seed)
     apart = config.embedding_learning_rate is not None
     labels = optimizers.labels(jax.eval_shape(init)) if apart else None
-    return Setup(llama.from_graph(graph), init, make_optimizer(config, schedule, labels), schedule)
+    tx = make_optimizer(config, schedule, labels)
+    given, dtype = config.init_from, config.param_dtype
+    weights = (lambda: hf.load_hf(given, dtype)[1]) if given else None
+    return Setup(llama.from_graph(graph), init, tx, schedule, weights=weights)
 
 
 def describe_data(config: Config, data: data_lib.Data) -> None:
@@ -135,6 +142,7 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             runs.refuse_another(config)
 
         processes.from_first(take_folder)
+        given = config.init_from
         data = data_lib.load(
             config.data,
             vocab_size=config.vocab_size,
@@ -143,11 +151,13 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             seed=config.seed,
             cache_dir=config.cache_dir,
             share=(jax.process_index(), jax.process_count()),
+            vocabulary=bpe.of_checkpoint(given, config.vocab_size) if given else None,
         )
         describe_data(config, data)
-        model_of, init, tx, schedule, before_step = setup(config)
+        model_of, init, tx, schedule, before_step, weights = setup(config)
         params = jax.eval_shape(init)
-        print(f"model: {config.model}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
+        size = sum(x.size for x in jax.tree.leaves(params))
+        print(f"model: {config_lib.model_name(config)}, {size:,} parameters")
         if config.optimizer in optimizers.STACKED:
             print(galore_jax.summary(tx, params))
         tokenizer = data.tokenizer.to_str()
@@ -158,7 +168,7 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
         wanted = meshes.abstract_state(mesh, params, tx)
         shardings = mesh and jax.tree.map(lambda x: x.sharding, wanted)
         if start is None:
-            state = meshes.new_state(init, tx, shardings)
+            state = meshes.new_state(init, tx, shardings, weights)
         else:
             state = saver.restore(start, wanted)
         runs.truncate_metrics(folder, start or 0)
@@ -274,7 +284,7 @@ def take_steps(
             saver.seal_finished()
             if save_due:
                 saver.save(done, state)
-                runs.plot_loss(folder, f"{config.model}, {config.optimizer}")
+                runs.plot_loss(folder, f"{config_lib.model_name(config)}, {config.optimizer}")
             bar.update(len(rows))
             bar.set_postfix(shown(rows[-1]) | {"tok/s": f"{speed:,.0f}"})
             pending, logged = [], time.perf_counter()

@@ -132,14 +132,18 @@ def load(
     seed: int,
     cache: pathlib.Path,
     share: tuple[int, int],
+    vocabulary: bpe.Vocabulary | None = None,
 ) -> data_lib.Data:
     """`data.load` for a streamed dataset, of which each process reads all and keeps its share."""
     train, validation = open_dataset(name)
-    tokenizer = bpe.cached(list(texts(train, TOKENIZER_DOCUMENTS)), vocab_size, cache)
-    held_out = bpe.encode_all(tokenizer, list(texts(validation, VALIDATION_DOCUMENTS)))
+    tokenizer, end = vocabulary or (
+        bpe.cached(list(texts(train, TOKENIZER_DOCUMENTS)), vocab_size, cache),
+        None,
+    )
+    held_out = bpe.encode_all(tokenizer, list(texts(validation, VALIDATION_DOCUMENTS)), end)
     if len(held_out) < 2:
         raise UserError(f"--data: the validation text of {name!r} is empty. Give a larger dataset.")
-    stream = PackedStream(train, lambda text: bpe.encode(tokenizer, text), seq_len, seed)
+    stream = PackedStream(train, lambda text: bpe.encode(tokenizer, text, end), seq_len, seed)
     shuffled = grain.experimental.WindowShuffleIterDataset(
         stream, window_size=SHUFFLE_WINDOW, seed=seed
     )

@@ -6,14 +6,17 @@ new tokenizer instead of reading a stale one.
 """
 
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from examples.errors import UserError
 from examples.files import disk_errors, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
@@ -73,15 +76,45 @@ def end_of_text(tokenizer: tokenizers.Tokenizer) -> int:
     return int(tokenizer.token_to_id(END_OF_TEXT) or 0)
 
 
-def encode(tokenizer: tokenizers.Tokenizer, document: str) -> list[int]:
+class Vocabulary(NamedTuple):
+    """A tokenizer that was made elsewhere, and its id between documents."""
+
+    tokenizer: tokenizers.Tokenizer
+    end: int
+
+
+def of_checkpoint(folder: str, vocab_size: int) -> Vocabulary:
+    """The tokenizer beside a Hugging Face model, which ends documents as its config says."""
+    path = pathlib.Path(folder) / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # It raises no other kind.
+        raise UserError(f"--init-from: {path}: not a tokenizer's file ({error}).") from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if (size := tokenizer.get_vocab_size()) > vocab_size:
+        raise UserError(f"--init-from: {path}: it has {size} tokens, and the model {vocab_size}.")
+    config = path.with_name("config.json")
+    end = json.loads(config.read_text()).get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    end = tokenizer.token_to_id(END_OF_TEXT) if end is None else end
+    if not isinstance(end, int) or not 0 <= end < vocab_size:
+        raise UserError(f"--init-from: {config}: eos_token_id {end!r} is no token.")
+    return Vocabulary(tokenizer, end)
+
+
+def encode(tokenizer: tokenizers.Tokenizer, document: str, end: int | None = None) -> list[int]:
     """The document's ids, with the end of text last."""
     ids = tokenizer.encode(document, add_special_tokens=False).ids
-    return [*ids, end_of_text(tokenizer)]
+    return [*ids, end_of_text(tokenizer) if end is None else end]
 
 
-def encode_all(tokenizer: tokenizers.Tokenizer, documents: Sequence[str]) -> np.ndarray:
+def encode_all(
+    tokenizer: tokenizers.Tokenizer, documents: Sequence[str], end: int | None = None
+) -> np.ndarray:
     """All documents, joined by the end of text, as one stream of ids (tokens,)."""
-    end = end_of_text(tokenizer)
+    end = end_of_text(tokenizer) if end is None else end
     parts = []
     for first in range(0, len(documents), 256):  # Bounds the memory of the encodings.
         batch = list(documents[first : first + 256])
