@@ -18,16 +18,8 @@ from galore_jax.dependence import PARTS, Loop, inside, is_ref, kind_of, opened, 
 
 # What lays numbers out in another way, and computes nothing.
 _MOVES = {"squeeze", "reshape", "transpose", "broadcast_in_dim", "concatenate", "rev", "copy"}
-_MOVES |= {
-    "stack",
-    "unstack",
-    "sharding_constraint",
-    "mesh_cast",
-    "reshard",
-    "device_put",
-    "pvary",
-    "pcast",
-}
+_MOVES |= {"stack", "unstack", "sharding_constraint", "mesh_cast", "reshard", "device_put"}
+_MOVES |= {"pvary", "pcast"}
 
 
 class Uses(NamedTuple):
