@@ -194,20 +194,18 @@ def _as_nodes_or_arrays(run: Callable[..., Any], taps: dict[int, _Tap]) -> Any:
     beside another tree (`eqx.combine(params, static)`), nor in a stack of kernels or a call of
     `jax.lax`. An array does; it is tapped as a whole, once, however its parts are used.
     """
-    failed: list[Exception] = []
+    first: Exception | None = None
     for hand_over in (lambda tapped: tapped, jnp.asarray):
         try:
             result = run(hand_over)
         except _LossError as error:
-            failed.append(error.args[0])
-            if taps:
-                continue
-        else:
-            if failed:
-                _warn_of_whole_stacks(taps, failed[0])
-            return result
-        break
-    raise failed[0]
+            first = first or error.args[0]
+            continue
+        if first is not None:
+            _warn_of_whole_stacks(taps, first)
+        return result
+    assert first is not None
+    raise first
 
 
 def _warn_of_whole_stacks(taps: dict[int, _Tap], error: Exception) -> None:
