@@ -1,7 +1,7 @@
 """An Optax transformation as an optimizer of Keras, on its JAX backend.
 
 `model.compile(OptaxOptimizer(tx), loss)`, and `model.fit` trains with it. Weights go by their paths
-(`sequential/dense/kernel`), which `exclude` is matched against; the state is saved with the model.
+(`sequential/dense/kernel`), which `exclude` is matched against.
 """
 
 from __future__ import annotations
