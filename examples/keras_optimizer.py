@@ -43,7 +43,7 @@ class OptaxOptimizer(keras.optimizers.Optimizer):
         updates, state = self.tx.update(
             dict(zip(params, grads, strict=True)), self.opt_state, params
         )
-        new = optax.apply_updates(params, updates)
+        new: Any = optax.apply_updates(params, updates)
         for v in trainable_variables:
             v.assign(new[v.path])
         for v, x in zip(self._arrays, jax.tree.leaves(state), strict=True):
