@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def figures(path):
     kernels = {k: v for k, v in tree["axes"].items() if tree["kind"].get(k) in (None, "conv")}
     total = sum(math.prod(tree["leaves"][k]) for k in kernels)
     full = size(jax.eval_shape(optax.adamw(1e-3).init, params))
-    found = {"weights": sum(map(math.prod, tree["leaves"].values()))}
+    found: dict[str, Any] = {"weights": sum(map(math.prod, tree["leaves"].values()))}
     for name, rule in RULES.items():
         options = {"rank": 0.25, "weight_dimension_numbers": rule}
         views = [x for x in plan(params, **options) if isinstance(x, MatrixView)]

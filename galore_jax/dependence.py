@@ -1,16 +1,14 @@
-"""Which output of a traced function depends on which input, and how often a kernel is used.
+"""Which output of a traced function depends on which input.
 
-This module opens jaxprs, for `multiples` and `rows` too. What a loop or a call does with its
-operands it tells from the shapes outside and inside, since the parameters of JAX's primitives
-change from one version to the next. Of an equation that it does not know it assumes the worst:
-each result depends on every operand, and a kernel that is used inside is used more than once.
+This module opens jaxprs, for `multiples`, `rows` and `subspace.uses` too. What a loop or a call
+does with its operands it tells from the shapes outside and inside, since the parameters of JAX's
+primitives change from one version to the next. Of an equation that it does not know it assumes
+the worst: each result depends on every operand.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +22,7 @@ _CALLS |= {"shard_map", "xla_pmap"}
 _IDENTITIES = {"optimization_barrier"}  # each result is the operand at its place
 
 # Parts of a stack: different ones are different kernels.
-_PARTS = {"slice", "dynamic_slice", "gather", "split"}
+PARTS = {"slice", "dynamic_slice", "gather", "split"}
 
 
 class Trace(NamedTuple):
@@ -83,7 +81,7 @@ def _dependence(jaxpr: Any, known: _Known) -> list[_Inputs]:
             results = _results(eqn, operands, known)
             sources.update(zip(eqn.outvars, results, strict=True))
             # What is written into a mutable array is read through the same variable.
-            refs = [v for v in eqn.invars if _is_ref(v)]
+            refs = [v for v in eqn.invars if is_ref(v)]
             sources.update(dict.fromkeys(refs, frozenset().union(*operands)))
         known[id(jaxpr)] = jaxpr, [of(v) for v in jaxpr.outvars]
     return known[id(jaxpr)][1]
@@ -104,7 +102,7 @@ def _results(eqn: JaxprEqn, operands: list[_Inputs], known: _Known) -> list[_Inp
         case "cond":
             branches = [through(branch, operands[1:]) for branch in inner]
             return [operands[0].union(*results) for results in zip(*branches, strict=True)]
-        case _Loop(carry=carry):
+        case Loop(carry=carry):
             inputs = list(operands)
             while True:
                 results = through(inner[0], inputs)
@@ -128,123 +126,7 @@ def _results(eqn: JaxprEqn, operands: list[_Inputs], known: _Known) -> list[_Inp
     return [_union(operands)] * len(eqn.outvars)
 
 
-class Uses(NamedTuple):
-    """How often kernels are used."""
-
-    counts: list[int]  # 0, 1, or 2 for more than once
-    unknown: list[str]  # primitives with a use inside that could not be looked into
-
-
-def uses(fun: Callable[..., Any], which: Sequence[int], *args: Any) -> Uses:
-    """Count the taps of each kernel that `fun`'s first result depends on.
-
-    Args:
-        fun: a function of trees of arrays.
-        which: positions among the leaves of `args`: the slots for low-rank gradients, which
-            nothing but taps (functions with a custom VJP) reads.
-        args: arguments to trace it with; shapes do.
-
-    Returns:
-        For each, how many taps read it, or what was made of it, in all turns of all loops; of a
-        conditional's branches and of different parts of a stack the largest count, and 2 for a
-        loop of unknown length, for a copy along a new axis, and for a low-rank product under a
-        `vmap` over examples.
-    """
-    closed = jax.make_jaxpr(fun)(*args)
-    unknown: list[str] = []
-    reached = [_Reached(i == 0, 0) for i in range(len(closed.out_avals))]
-    found = _backward(opened(closed), reached, unknown)
-    return Uses([found[i].taps for i in which], list(dict.fromkeys(unknown)))
-
-
-class _Reached(NamedTuple):
-    """What a value leads to."""
-
-    live: bool  # the result depends on it
-    taps: int  # how many taps read it or what was made of it; 2 for more than one
-
-    def __add__(self, other: Any) -> _Reached:
-        return _Reached(self.live or other.live, min(2, self.taps + other.taps))
-
-    def or_else(self, other: _Reached) -> _Reached:
-        """Where one of two happens."""
-        return _Reached(self.live or other.live, max(self.taps, other.taps))
-
-
-_NOTHING = _Reached(False, 0)
-
-
-def _backward(jaxpr: Any, outputs: Sequence[_Reached], unknown: list[str]) -> list[_Reached]:
-    """What the inputs of a jaxpr lead to, given what its outputs do."""
-    whole: dict[Any, _Reached] = {}
-    parts: dict[Any, dict[Any, _Reached]] = {}
-
-    def at(var):
-        return _largest(parts.get(var, {}).values()) + whole.get(var, _NOTHING)
-
-    def add(var, found, part=None):
-        if not isinstance(var, Literal):
-            where, key = (whole, var) if part is None else (parts.setdefault(var, {}), part)
-            where[key] = where.get(key, _NOTHING) + found
-
-    for var, found in zip(jaxpr.outvars, outputs, strict=True):
-        add(var, found)
-    for eqn in reversed(jaxpr.eqns):
-        # What is written into a mutable array leads to what is read from it.
-        results = [at(v) for v in (*eqn.outvars, *filter(_is_ref, eqn.invars))]
-        if any(found.live for found in results):
-            for var, found in zip(eqn.invars, _operands(eqn, results, unknown), strict=True):
-                add(var, found, _part(eqn))
-    return [at(v) for v in jaxpr.invars]
-
-
-def _operands(eqn: JaxprEqn, results: list[_Reached], unknown: list[str]) -> list[_Reached]:
-    """What each operand of an equation leads to, given what its results do."""
-    inner = inside(eqn)
-    match kind_of(eqn, inner):
-        case "tap":
-            # A tap that hands the weight on sees its cotangent summed over examples; one that
-            # multiplies with it is under their vmap.
-            multiplies = not inner or inner[0].eqns
-            rank = len(shape_of(eqn.outvars[0])) if multiplies else 0
-            return [_Reached(True, 2 if rank > len(shape_of(v)) else 1) for v in eqn.invars]
-        case "identity":
-            return results
-        case "call":
-            return _backward(inner[0], results, unknown)
-        case "cond":
-            branches = [_backward(branch, results, unknown) for branch in inner]
-            return [_Reached(True, 0), *map(_largest, zip(*branches, strict=True))]
-        case _Loop(consts, carry, length):
-            state = results  # of any turn: the loop's, or what the next turn makes of them
-            while True:
-                inputs = _backward(inner[0], state, unknown)
-                turned = list(state)
-                for i, k in enumerate(carry):
-                    turned[i] = state[i].or_else(inputs[k])
-                if turned == state or length == 1:
-                    break
-                state = turned
-            return [
-                found + found if k in consts and length != 1 else found
-                for k, found in enumerate(inputs)
-            ]
-        case "part":
-            return [_largest(results)] * len(eqn.invars)
-        case kind:
-            made = sum(results, _NOTHING)
-            if any(map(_taps_within, inner)):
-                if kind == "other":
-                    unknown.append(eqn.primitive.name)
-                made = _Reached(True, 2)
-            elif len(eqn.invars) == 1 and math.prod(shape_of(eqn.outvars[0])) > math.prod(
-                shape_of(eqn.invars[0])
-            ):
-                made += made  # copies, as by a broadcast
-            return [made] * len(eqn.invars)
-
-
-class _Loop(NamedTuple):
+class Loop(NamedTuple):
     """What the operands of a scan are, by position."""
 
     consts: list[int]
@@ -252,14 +134,14 @@ class _Loop(NamedTuple):
     length: int | None  # where a stacked operand or result tells
 
 
-def kind_of(eqn: JaxprEqn, inner: list[Any]) -> str | _Loop:
+def kind_of(eqn: JaxprEqn, inner: list[Any]) -> str | Loop:
     """What an equation does; "other" for all that is not known, or is not as expected."""
     name, inputs = eqn.primitive.name, len(eqn.invars)
     if name.startswith("custom_vjp"):
         return "tap"
-    if any(map(_is_ref, eqn.invars)):
+    if any(map(is_ref, eqn.invars)):
         return "other"
-    if name in _PARTS:
+    if name in PARTS:
         return "part"
     if name in _IDENTITIES and inputs == len(eqn.outvars):
         return "identity"
@@ -277,7 +159,7 @@ def kind_of(eqn: JaxprEqn, inner: list[Any]) -> str | _Loop:
     return "other"
 
 
-def _scan(eqn: JaxprEqn, body: Any) -> _Loop | None:
+def _scan(eqn: JaxprEqn, body: Any) -> Loop | None:
     """Tell a scan's operands apart; None where they are not as expected.
 
     What is stacked has a leading axis more outside than inside. The carry comes first among the
@@ -297,15 +179,7 @@ def _scan(eqn: JaxprEqn, body: Any) -> _Loop | None:
         and carried == list(range(len(carry)))
         and [pairs[0][k][0] for k in carry] == [out for out, _ in pairs[1][: len(carry)]]
     )
-    return _Loop(consts, carry, *(lengths or {None})) if fits else None
-
-
-def _part(eqn: JaxprEqn) -> Any:
-    """Which part of its operand an equation takes, alike for equal parts; None for all of it."""
-    if eqn.primitive.name not in _PARTS:
-        return None
-    indices = (v.val if isinstance(v, Literal) else id(v) for v in eqn.invars[1:])
-    return (eqn.primitive.name, str(eqn.params), *map(str, indices))
+    return Loop(consts, carry, *(lengths or {None})) if fits else None
 
 
 def inside(eqn: JaxprEqn) -> list[Any]:
@@ -326,14 +200,8 @@ def opened(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _taps_within(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive.name.startswith("custom_vjp") or any(map(_taps_within, inside(eqn)))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _is_ref(var: Any) -> bool:
+def is_ref(var: Any) -> bool:
+    """Whether a variable is a mutable array."""
     return hasattr(var.aval, "inner_aval")
 
 
@@ -344,7 +212,3 @@ def shape_of(var: Any) -> tuple[int, ...]:
 
 def _union(sets: Any) -> _Inputs:
     return frozenset().union(*sets)
-
-
-def _largest(found: Any) -> _Reached:
-    return functools.reduce(_Reached.or_else, found, _NOTHING)

@@ -28,12 +28,13 @@ def apply_updates(
 
     so that the mean of the rounded sum is the sum. Sums that bfloat16 holds exactly, infinite
     ones and NaN come out as they are. Parameters of other dtypes, and all without a key, are
-    treated as by `optax.apply_updates`.
+    treated as by `optax.apply_updates`. Of an Equinox module the whole may be given, in the place
+    of `eqx.apply_updates`, which takes no updates that are not multiplied out.
 
     Args:
         params: tree of parameters.
-        updates: tree of updates of the same structure; None where a parameter is None. Those
-            that follow from `galore_jax.value_and_grad` are added layer by layer, in place.
+        updates: tree of updates of the same structure; None leaves what stands there as it is.
+            Those that follow from `galore_jax.value_and_grad` are added layer by layer, in place.
         key: a JAX random key, a new one for each step. Every leaf draws from its own key,
             `jax.random.fold_in(key, i)` with i its position in the flattened tree, so that results
             depend on neither the sharding (with the default `jax_threefry_partitionable`) nor the
@@ -55,16 +56,17 @@ def apply_updates(
     References:
         Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020
     """
-    if key is None:
-        return optax.apply_updates(params, updates)
     position = iter(range(jax.tree.structure(params).num_leaves))
 
     def apply(p, u):
         if p is None:
             return None
-        leaf_key = jax.random.fold_in(key, next(position))
-        if jnp.result_type(p) != jnp.bfloat16:
+        number = next(position)
+        if u is None:
+            return p
+        if key is None or jnp.result_type(p) != jnp.bfloat16:
             return optax.apply_updates(p, u)
+        leaf_key = jax.random.fold_in(key, number)
         if isinstance(u, FactoredUpdate):
             return u.add_to(p, _round_matrix, leaf_key)
         total = wide(p) + jnp.asarray(u).astype(jnp.float32)

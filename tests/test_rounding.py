@@ -97,3 +97,13 @@ def test_a_key_for_every_leaf():
     assert np.any(np.asarray(out[0]) != np.asarray(out[1]))
     again = jax.jit(apply_updates)([p.astype(jnp.float32), p], [u, u], key)
     np.testing.assert_array_equal(out[1], again[1])
+
+
+def test_what_has_no_update_stays():
+    """As in a module of Equinox, whose functions are leaves."""
+    params = {"w": jnp.ones(3), "activation": jnp.tanh, "frozen": jnp.ones(2), "none": None}
+    updates = {"w": jnp.ones(3), "activation": None, "frozen": None, "none": None}
+    for key in (None, jax.random.key(0)):
+        new = apply_updates(params, updates, key)
+        np.testing.assert_array_equal(new["w"], 2.0)
+        assert all(new[k] is params[k] for k in ("activation", "frozen", "none"))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax import checks, dependence
+from galore_jax import checks
 from galore_jax.call import Call
 from galore_jax.control import each_its_own, mean_over, names_of
 from galore_jax.matrix.trees import bare, path_string
@@ -22,6 +22,8 @@ from galore_jax.state import Told, ask, in_multi_steps
 from galore_jax.subspace.kernel import Kernel, Rule, Slots, Tapped, Turn
 from galore_jax.subspace.links import check_links
 from galore_jax.subspace.microbatches import accumulate, cut, is_key
+from galore_jax.subspace.uses import uses
+from galore_jax.warn import warn
 
 
 def value_and_grad(
@@ -54,13 +56,14 @@ def value_and_grad(
 
     A projected kernel reaches the model as an object that acts as an array
     (`__jax_array__`): `jnp` functions, `@`, Linen and NNX layers and scans over stacked layers
-    take it, `jax.lax` functions do not. Its limits:
+    take it. A loss that does not (it maps over its parameters and another tree, casts or stacks
+    them, or hands them to `jax.lax`) gets arrays, and the full gradient of each exists until it
+    is projected; for stacks that is a warning. Its limits:
 
     - A kernel that is used twice (tied weights, a recurrence, `dot_general` under a `vmap` over
       examples) would get two projectors at a refresh, and is refused. Under a `vmap` over stacked
       kernels a refresh's conditional becomes a select that pays for it at every step: use batched
       products.
-    - The loss must not cast the tree of parameters; layers cast kernels where they use them.
     - Kernels whose stacked axes are not the leading ones get full gradients, as under
       `jax.value_and_grad`, and are refreshed by `tx.update`.
     - Links in front of `galore`, and behind, may scale, by a number that follows from the norm of
@@ -100,7 +103,6 @@ def value_and_grad(
         `has_aux`.
 
     Raises:
-        TypeError: when called, for a loss that casts the tree of parameters.
         ValueError: when called, where `tx` holds no `galore`, one inside an
             `optax.MultiSteps`, or a link around it that does more than scale; for a kernel that
             is used twice where a refresh may happen; for rows that `microbatches` does not divide.
@@ -138,35 +140,32 @@ def value_and_grad(
         taps = _taps(tx, params, opt_state, refresh, names, norm == "exact")
         gradients = {tap.rule.view.path: _gradient_shape(tap) for tap in taps.values()}
         check_links(tx, bare(params), opt_state, gradients)
-        named, kwargs_def = jax.tree.flatten(kwargs, is_leaf=_is_no_container)
+        named, kwargs_def = jax.tree.flatten(kwargs)
         keys = {i: x for i, x in enumerate(named) if is_key(x)}
 
-        def tapped_loss(differentiable, projectors, turns, given):
+        def tapped_loss(hand_over, differentiable, projectors, turns, given):
             flat = list(differentiable)
             for i, tap in taps.items():
                 kernel = Kernel(leaves[i], projectors[i], differentiable[i], turns[i])
-                flat[i] = Tapped(kernel, tap.rule)  # type: ignore[assignment]
+                flat[i] = hand_over(Tapped(kernel, tap.rule))  # type: ignore[assignment]
             args, keys = given
-            kwargs = kwargs_def.unflatten([keys.get(i, x) for i, x in enumerate(named)])
+            by_name = kwargs
+            if microbatches > 1:
+                by_name = kwargs_def.unflatten([keys.get(i, x) for i, x in enumerate(named)])
             try:
-                return loss_fn(treedef.unflatten(flat), *args, **kwargs)
-            except ValueError as error:
-                said = ("pytree structure error", "node type mismatch")
-                if not taps or not any(x in str(error) for x in said):
-                    raise
-                raise ValueError(
-                    "galore_jax.value_and_grad: the loss maps over its parameters and another "
-                    f"tree. A projected kernel ('{next(iter(gradients))}') is a node with leaves "
-                    "of its own in there: map over the other tree first, as in Equinox's "
-                    "eqx.combine(static, params), or join them before the loss"
-                ) from error
+                return loss_fn(treedef.unflatten(flat), *args, **by_name)
+            except Exception as error:
+                raise _LossError(error) from error
 
         def part(projectors, turns, given):
             at = [_slots(taps[i]) if i in taps else x for i, x in enumerate(leaves)]
-            if refresh:
-                _check_each_used_once(taps, tapped_loss, at, projectors, turns, given)
-            gradient = jax.value_and_grad(tapped_loss, has_aux=has_aux)
-            value, grads = gradient(at, projectors, turns, given)
+
+            def run(hand_over):
+                loss = functools.partial(tapped_loss, hand_over)
+                _check_uses(taps, loss, refresh, at, projectors, turns, given)
+                return jax.value_and_grad(loss, has_aux=has_aux)(at, projectors, turns, given)
+
+            value, grads = _as_nodes_or_arrays(run, taps)
             value = (mean_over(value[0], names), value[1]) if has_aux else mean_over(value, names)
             return value, [
                 _projected(g, taps[i]) if i in taps else mean_over(g, names)
@@ -182,6 +181,44 @@ def value_and_grad(
         return value, treedef.unflatten(grads)
 
     return value_and_projected_grad
+
+
+class _LossError(Exception):
+    """What a loss raised, to be told from errors about it; its argument is the error."""
+
+
+def _as_nodes_or_arrays(run: Callable[..., Any], taps: dict[int, _Tap]) -> Any:
+    """What `run` makes of a loss given kernels as nodes, or as arrays where it takes no nodes.
+
+    A node with leaves of its own is what scans slice, with the tap inside. But it does not fit
+    beside another tree (`eqx.combine(params, static)`), nor in a stack of kernels or a call of
+    `jax.lax`. An array does; it is tapped as a whole, once, however its parts are used.
+    """
+    first: Exception | None = None
+    for hand_over in (lambda tapped: tapped, jnp.asarray):
+        try:
+            result = run(hand_over)
+        except _LossError as error:
+            first = first or error.args[0]
+            continue
+        if first is not None:
+            _warn_of_whole_stacks(taps, first)
+        return result
+    assert first is not None
+    raise first
+
+
+def _warn_of_whole_stacks(taps: dict[int, _Tap], error: Exception) -> None:
+    """Warn where kernels given as arrays take more memory: those of a stack."""
+    stacks = [tap.rule.view.path for tap in taps.values() if tap.rule.view.batch]
+    if stacks:
+        warn(
+            "galore_jax.value_and_grad: the loss takes no kernels that are nodes of its tree "
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}), so they reach "
+            f"it as arrays, and the gradient of the whole stack '{stacks[0]}' exists before it is "
+            "projected. To have it projected layer by layer, map over the other tree first, as "
+            "in eqx.combine(static, params), and cast kernels where they are used"
+        )
 
 
 class _Tap(NamedTuple):
@@ -271,13 +308,15 @@ def _projected(slots: Slots, tap: _Tap) -> ProjectedGradient:
     return ProjectedGradient(slots.low_rank, rest, slots.basis, tap.rule.view)
 
 
-def _check_each_used_once(taps: dict[int, _Tap], loss: Any, at: list[Any], *args: Any) -> None:
-    """Raise where a loss uses a kernel twice: two gradients, each on a basis of its own."""
+def _check_uses(taps: dict[int, _Tap], loss: Any, refresh: bool, at: list[Any], *args: Any) -> None:
+    """Raise where a loss computes with a kernel's node, or would refresh a projector twice."""
     first = np.cumsum([0, *(len(jax.tree.leaves(x)) for x in at)])
-    found = dependence.uses(loss, [int(first[i]) for i in taps], at, *args)
+    found = uses(loss, [int(first[i]) for i in taps], at, *args)
+    if any(found.computed):
+        raise _LossError(TypeError("it computes with all leaves of its tree of parameters"))
     unknown = "".join(f"; what '{x}' does with it is not known" for x in found.unknown)
     for tap, count in zip(taps.values(), found.counts, strict=True):
-        if count > 1:
+        if refresh and count > 1:  # two gradients, each on a basis of its own
             raise ValueError(
                 f"galore_jax.value_and_grad: the loss uses the kernel '{tap.rule.view.path}' more "
                 f"than once (tied weights, a recurrence, or a vmap over examples{unknown}), and "
@@ -286,7 +325,3 @@ def _check_each_used_once(taps: dict[int, _Tap], loss: Any, at: list[Any], *args
                 "the loss, or take full gradients with jax.value_and_grad on the steps that "
                 "refresh and pass refresh=False on the others"
             )
-
-
-def _is_no_container(x: Any) -> bool:
-    return not isinstance(x, dict | list | tuple)

@@ -226,15 +226,103 @@ def test_each_microbatch_has_a_random_key_of_its_own(by_name):
         f(params, tx.init(params), x, jax.random.PRNGKey(0))
 
 
-def test_a_loss_that_maps_over_its_parameters_and_another_tree():
-    tx, params = galore_jax.galore_adamw(1e-2, rank=4), {"w": jnp.ones((16, 32))}
+def beside_another_tree(w):
+    """As `eqx.combine` with what is not trained."""
+    return jax.tree.map(lambda a, b: a, w, [None] * len(w), is_leaf=lambda x: x is None)
+
+
+def cast_as_a_tree(w):
+    return jax.tree.map(lambda a: a.astype(jnp.float16).astype(a.dtype), w)
+
+
+def doubled_as_a_tree(w):
+    return jax.tree.map(lambda a: 2 * a if jnp.issubdtype(a.dtype, jnp.floating) else a, w)
+
+
+def stacked_in_the_loss(w):
+    return list(jnp.stack(w))
+
+
+def stacked_as_trees(w):
+    w = jax.tree.map(lambda *a: jnp.stack(a), *w)
+    return [w[i] for i in range(2)]
+
+
+def by_lax(w):
+    return [jax.lax.mul(a, jnp.float32(2)) for a in w]
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize(
+    "given",
+    once_but(
+        [beside_another_tree, cast_as_a_tree],
+        [
+            beside_another_tree,
+            cast_as_a_tree,
+            doubled_as_a_tree,
+            stacked_in_the_loss,
+            stacked_as_trees,
+            by_lax,
+        ],
+    ),
+)
+def test_a_loss_that_takes_no_nodes_gets_arrays(given, refresh):
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"w": [jax.random.normal(k, (WIDTH, WIDTH)) / 4 for k in keys]}
+    tx, x = galore_jax.galore_adamw(1e-2, rank=4), batches(1)[0]
+    state = tx.init(params)
 
     def loss_fn(params, x):
-        params = jax.tree.map(lambda a, b: a, params, {"w": None}, is_leaf=lambda x: x is None)
-        return jnp.mean(x @ params["w"])
+        a, b = given(params["w"])
+        return jnp.mean((jnp.tanh(x @ a) @ b - 1) ** 2)
 
-    with pytest.raises(ValueError, match=r"A projected kernel \('w'\) is a node"):
-        galore_jax.value_and_grad(loss_fn, tx)(params, tx.init(params), jnp.ones((8, 16)))
+    want_loss, want = jax.value_and_grad(loss_fn)(params, x)
+    loss, grads = jax.jit(galore_jax.value_and_grad(loss_fn, tx, refresh=refresh))(params, state, x)
+    assert loss == pytest.approx(float(want_loss), rel=1e-5)
+    assert optax.tree.norm(grads) == pytest.approx(float(optax.tree.norm(want)), rel=1e-3)
+    updates = [jax.jit(tx.update)(g, state, params)[0] for g in (want, grads)]
+    close(*(optax.apply_updates(params, u) for u in updates), 1e-4 if refresh else 1)
+
+
+def test_a_penalty_on_the_tree_of_parameters():
+    params = {"w": jax.random.normal(jax.random.key(0), (WIDTH, WIDTH)) / 4}
+    tx, x = galore_jax.galore_adamw(1e-2, rank=4), batches(1)[0]
+
+    def loss_fn(params, x):
+        return jnp.mean((x @ params["w"]) ** 2) + 0.1 * optax.tree.norm(params, squared=True)
+
+    want_loss, want = jax.value_and_grad(loss_fn)(params, x)
+    loss, grads = galore_jax.value_and_grad(loss_fn, tx)(params, tx.init(params), x)
+    assert loss == pytest.approx(float(want_loss), rel=1e-5)
+    assert optax.tree.norm(grads) == pytest.approx(float(optax.tree.norm(want)), rel=1e-3)
+
+
+def test_a_stack_that_reaches_the_loss_whole_is_a_warning():
+    params, loss_fn = plain(hooked=True)
+    tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
+    state, x = tx.init(params), batches(1)[0]
+
+    def cast(params, x):
+        def half(a):
+            return a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+        return loss_fn(jax.tree.map(half, params), x)
+
+    with pytest.warns(UserWarning, match=r"whole stack 'blocks/down' exists before"):
+        loss, _ = galore_jax.value_and_grad(cast, tx)(params, state, x)
+    assert loss == pytest.approx(float(cast(params, x)), rel=1e-5)
+
+
+def test_an_error_of_the_loss_is_the_users_own():
+    params, loss_fn = plain()
+    tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
+
+    def wrong(params, x):
+        return loss_fn(params, x) + params["nothing"]
+
+    with pytest.raises(KeyError, match="nothing"):
+        galore_jax.value_and_grad(wrong, tx)(params, tx.init(params), batches(1)[0])
 
 
 def new_projector(gradient, old):
@@ -473,22 +561,13 @@ def used_by_each_example(params, x):
     return jnp.mean(jax.vmap(lambda x: jnp.tanh(matmul(x)))(x))
 
 
-def cast_and_used_twice(params, x):
-    w = jax.tree.map(lambda a: 2 * a if jnp.issubdtype(a.dtype, jnp.floating) else a, params)["w"]
-    return jnp.mean((jnp.tanh(x @ w) @ w) ** 2)
-
-
-@pytest.mark.parametrize(
-    "loss_fn", [used_twice, used_by_a_scan, used_by_each_example, cast_and_used_twice]
-)
+@pytest.mark.parametrize("loss_fn", [used_twice, used_by_a_scan, used_by_each_example])
 def test_a_kernel_that_would_be_refreshed_twice_is_refused(loss_fn):
     params = {"w": jax.random.normal(jax.random.key(0), (WIDTH, WIDTH))}
     tx, x = galore_jax.galore_adamw(1e-2, rank=4), batches(1)[0]
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"kernel 'w' more than once"):
         jax.jit(galore_jax.value_and_grad(loss_fn, tx))(params, state, x)
-    if loss_fn is cast_and_used_twice:
-        return  # doubles the projector, too
     _, grads = galore_jax.value_and_grad(loss_fn, tx, refresh=False)(params, state, x)
     want = state.projector["w"].T @ jax.grad(loss_fn)(params, x)["w"]
     np.testing.assert_allclose(grads["w"].low_rank, want, atol=1e-6, rtol=1e-5)
@@ -561,20 +640,6 @@ def test_kernels_of_several_axes():
     want, *_ = train(full(loss_fn), tx, params, batches(6))
     got, *_ = train(galore_jax.value_and_grad(loss_fn, tx), tx, params, batches(6))
     assert relative(want, got, params) < 1e-3
-
-
-def test_a_cast_tree_is_refused():
-    params, loss_fn = plain(hooked=True)
-    tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
-
-    def cast(params, x):
-        def half(a):
-            return a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a
-
-        return loss_fn(jax.tree.map(half, params), x)
-
-    with pytest.raises(TypeError, match=r"kernel 'blocks/up' came with its projector cast"):
-        galore_jax.value_and_grad(cast, tx)(params, tx.init(params), batches(1)[0])
 
 
 def test_numpy_operands():
