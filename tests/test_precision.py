@@ -42,11 +42,9 @@ print(json.dumps(peak() - before - nbytes(state)))
 @pytest.mark.parametrize(
     ("name", "leaf", "options"),
     [
-        ("galore_sgd", "kernel", {"rank": 4}),
         ("galore_sgd", "embed", {"rank": 4}),
         ("galore_adamw8bit", "kernel", {"rank": 4}),
         ("galore_muon", "kernel", {"rank": 4}),
-        ("fira", "kernel", {"rank": 4}),
         ("apollo_mini", "kernel", {}),
     ],
 )

@@ -111,8 +111,6 @@ def test_a_recipe_takes_steps_that_help(folder, optimizer):
     assert step._cache_size() == 1
 
 
-LAYERWISE = ["--tier", "layerwise", "--projector-dtype", "int8", "--clip", "0.5"]
-LAYERWISE += ["--method", "subspace"]  # Which starts from the projector before.
 SUBSPACE = ["--tier", "subspace", "--accumulate", "2", "--projector-dtype", "int4"]
 SUBSPACE += ["--param-dtype", "bfloat16", "--stochastic-rounding", "--method", "random"]
 
@@ -121,7 +119,6 @@ SUBSPACE += ["--param-dtype", "bfloat16", "--stochastic-rounding", "--method", "
 @pytest.mark.parametrize(
     ("optimizer", "data", "more"),
     [
-        ("galore_adamw8bit", "texts", LAYERWISE),
         ("galore_lion8bit", "hf:texts", SUBSPACE),
     ],
 )
