@@ -2,10 +2,11 @@
 
     python -m benchmarks.devices
 
-The paper's 7B model under FSDP, float32, layers stacked: each kernel is cut along its largest axis,
-and the state as `galore_jax.state_sharding` says. Counted are the bytes that each device receives
-in the compiled `tx.update`, in a step without a refresh and in one with. What the step itself
-sends under FSDP comes on top and is the same for all: the weights twice, and the gradients.
+The paper's 7B model under FSDP, float32, layers stacked: each kernel is cut as the example
+cuts it, along its longest axis, and the state as `galore_jax.state_sharding` says. Counted are the
+bytes that each device receives in the compiled `tx.update`, in a step without a refresh and in one
+with. What the step itself sends under FSDP comes on top and is the same for all: the weights twice,
+and the gradients.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
 import galore_jax
 from benchmarks import report, steps
-from examples import llama, optimizers
+from examples import llama, meshes, optimizers
 
 DEVICES = 8
 GIB = 2**30
@@ -91,18 +92,9 @@ def sent(program: str, devices: int, *, refresh: bool) -> float:
     return cost(entry)
 
 
-def cut_by_size(mesh: jax.sharding.Mesh, x: jax.ShapeDtypeStruct) -> NamedSharding:
-    """FSDP: kernels cut along the largest axis, vectors on each device."""
-    spec: list[str | None] = [None] * x.ndim
-    if x.ndim > 1 and min(x.shape[-2:]) > 1:
-        axis = x.ndim - 2 + int(np.argmax(x.shape[-2:]))
-        spec[axis] = mesh.axis_names[0]
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
-
 def figures(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Of one optimizer."""
-    where = jax.tree.map(lambda x: cut_by_size(mesh, x), params)
+    where = meshes.parameter_shardings(mesh, params)
     state = jax.eval_shape(tx.init, params)
     of_state = galore_jax.state_sharding(tx, params, where)
     held = sum(
@@ -110,12 +102,7 @@ def figures(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
         for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(of_state), strict=True)
     )
 
-    def placed(tree, shardings):
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-        )
-
-    grads, old = placed(params, where), placed(state, of_state)
+    grads, old = steps.placed(params, where), steps.placed(state, of_state)
     update = jax.jit(tx.update, out_shardings=(where, of_state), donate_argnums=(0, 1))
     program = update.lower(grads, old, grads).compile().as_text() or ""
     return {

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax
-from benchmarks import report
+from benchmarks import report, steps
 from galore_jax.matrix.plan import plan
 from galore_jax.matrix.view import MatrixView
 
@@ -43,17 +43,15 @@ def nest(leaves):
     return params
 
 
+def sides(shape, axes):
+    """Both sides of a matrix, whichever is the input, without two or three put side by side."""
+    return {frozenset(a for a in side if shape[a] not in (2, 3)) for side in axes}
+
+
 def right(view, axes):
-    """Whether a view's matrix is the linear map's, or one of two or three put side by side."""
-
-    def sides(pair):
-        return {frozenset(a for a in side if view.shape[a] not in (2, 3)) for side in pair}
-
-    return sides((view.reduction_axes, view.output_axes)) == sides(axes)
-
-
-def size(tree):
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Whether a view's matrix is the linear map's."""
+    found = view.reduction_axes, view.output_axes
+    return sides(view.shape, found) == sides(view.shape, axes)
 
 
 def figures(path):
@@ -61,7 +59,7 @@ def figures(path):
     params = nest(tree["leaves"])
     kernels = {k: v for k, v in tree["axes"].items() if tree["kind"].get(k) in (None, "conv")}
     total = sum(math.prod(tree["leaves"][k]) for k in kernels)
-    full = size(jax.eval_shape(optax.adamw(1e-3).init, params))
+    full = steps.nbytes(jax.eval_shape(optax.adamw(1e-3).init, params))
     found: dict[str, Any] = {"weights": sum(map(math.prod, tree["leaves"].values()))}
     for name, rule in RULES.items():
         options = {"rank": 0.25, "weight_dimension_numbers": rule}
@@ -69,7 +67,7 @@ def figures(path):
         good = sum(
             math.prod(x.shape) for x in views if x.path in kernels and right(x, kernels[x.path])
         )
-        state = size(jax.eval_shape(galore_jax.galore_adamw(1e-3, **options).init, params))
+        state = steps.nbytes(jax.eval_shape(galore_jax.galore_adamw(1e-3, **options).init, params))
         found[name] = {"right": good / total, "state": state / full}
     return found
 

@@ -219,6 +219,10 @@ def saved_inputs(config: llama.LlamaConfig, batch: int, length: int) -> int:
     return config.layers * batch * length * config.hidden * jnp.dtype(config.dtype).itemsize
 
 
-def placed(shapes: Any, sharding: Any) -> Any:
-    """Shapes of arrays, on a device that need not exist."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes of arrays, on devices that need not exist; one sharding may stand for a tree."""
+
+    def one(s, part):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part)
+
+    return jax.tree.map(one, shardings, shapes)

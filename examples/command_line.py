@@ -82,17 +82,17 @@ def check(config: Config) -> None:
 
 
 def _check_devices(config: Config) -> None:
-    numbers = config.processes, config.process_id
+    processes, process_id = numbers = config.processes, config.process_id
     by_hand = config.coordinator not in (None, "auto")
     if by_hand != (None not in numbers) or (not by_hand and numbers != (None, None)):
         raise UserError(
             "--coordinator HOST:PORT, --processes and --process-id go together; with --coordinator"
-            f" {config.coordinator} --processes is {numbers[0]} and --process-id {numbers[1]}."
+            f" {config.coordinator} --processes is {processes} and --process-id {process_id}."
         )
-    if by_hand and config.process_id >= config.processes:  # type: ignore[operator]
+    if processes is not None and process_id is not None and process_id >= processes:
         raise UserError(
-            f"--process-id {config.process_id}: with --processes {config.processes} they go from 0"
-            f" to {config.processes - 1}."  # type: ignore[operator]
+            f"--process-id {process_id}: with --processes {processes} they go from 0 to"
+            f" {processes - 1}."
         )
     if config.grad_norm == "subspace" and config.tier != "subspace":
         raise UserError(

@@ -331,7 +331,7 @@ def main(args: Sequence[str] | None = None, setup: Callable[[Config], Setup] = s
     except KeyboardInterrupt:
         print(f"\ninterrupted; continue with --resume {run_dir}", file=sys.stderr)
         code = 130
-    except Exception:
+    except Exception:  # whatever it is, the other processes must not wait for this one
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()

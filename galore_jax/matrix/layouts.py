@@ -56,17 +56,17 @@ def matrix_axes(
 ) -> Any:
     r"""Weight dimension numbers for the layouts of JAX's model libraries.
 
-    ============================================== ============================================
-    leaf                                           its matrix
-    ============================================== ============================================
-    two axes                                       (in, out)
-    stacked layers or experts                      one for each
-    attention, (d, heads, c) or (heads, d, c)      d by heads c
-    attention's output, (heads, c, d)              heads c by d
-    two or three of them in one, as (2, d, f)      one for each
+    =============================================== ==========================
+    leaf                                            its matrix
+    =============================================== ==========================
+    two axes                                        (in, out)
+    stacked layers or experts                       one for each
+    attention, (d, heads, c) or (heads, d, c)       d by heads c
+    attention's output, (heads, c, d)               heads c by d
+    two or three of them in one, as (2, d, f)       one for each
     convolution, (h, w, in, out) or (out, in, h, w) h w in by out
-    biases, norms, scales, however stacked         none: they are vectors
-    ============================================== ============================================
+    biases, norms, scales, however stacked          none: they are vectors
+    =============================================== ==========================
 
     Layers are found by what is beside a leaf: in a part of the tree that is stacked, as by
     `nn.scan`, `nnx.vmap`, Haiku's `layer_stack` or MaxText's scan axis, all leaves share the first
@@ -98,14 +98,15 @@ def matrix_axes(
         GaLoreDimensionNumbers(reduction_axis=(0, 1), output_axis=(2,))
     """
     refuse_scalar("matrix_axes", params)
-    paths, treedef = jax.tree_util.tree_flatten_with_path(bare(params))
+    params = bare(params)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = [path_string(path) for path, _ in paths]
     given = _given(names, overrides or {})
     if stacked is not None:
         _must_match("stacked", stacked, names)
     found = {i: given.get(i) for i in range(len(names))}
     unknown = []
-    for leaf in _without_stacks(_leaves(bare(params))):
+    for leaf in _without_stacks(_leaves(params)):
         at = leaf.at
         if at is None or at in given:
             continue

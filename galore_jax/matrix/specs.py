@@ -44,10 +44,11 @@ def last_two_axes(params: optax.Params) -> Any:
     """
     refuse_scalar("last_two_axes", params)
     spec = optax.contrib.GaLoreDimensionNumbers(-2, -1)
-    leaves, treedef = jax.tree.flatten(bare(params))
+    params = bare(params)
+    leaves, treedef = jax.tree.flatten(params)
     return treedef.unflatten(
         spec if jnp.ndim(x) >= 2 and not vector else None
-        for x, vector in zip(leaves, stacked_vectors(bare(params)), strict=True)
+        for x, vector in zip(leaves, stacked_vectors(params), strict=True)
     )
 
 

@@ -154,7 +154,7 @@ def value_and_grad(
                 by_name = kwargs_def.unflatten([keys.get(i, x) for i, x in enumerate(named)])
             try:
                 return loss_fn(treedef.unflatten(flat), *args, **by_name)
-            except Exception as error:
+            except Exception as error:  # whatever a model raises for nodes that it does not expect
                 raise _LossError(error) from error
 
         def part(projectors, turns, given):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 import galore_jax
-from benchmarks.layouts import nest
+from benchmarks.layouts import nest, sides
 from galore_jax.matrix.layouts import LARGE
 from galore_jax.matrix.plan import Unprojected, plan
 from galore_jax.matrix.trees import path_string
@@ -34,11 +34,6 @@ def read(path):
 def by_path(params, tree):
     names = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return dict(zip(names, jax.tree.structure(params).flatten_up_to(tree), strict=True))
-
-
-def sides(shape, axes):
-    """Both sides of a matrix, whichever is the input, without two or three put side by side."""
-    return {frozenset(a for a in side if shape[a] not in (2, 3)) for side in axes}
 
 
 @pytest.mark.parametrize("path", TREES, ids=lambda path: path.stem)

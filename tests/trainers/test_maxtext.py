@@ -23,10 +23,11 @@ def test_specs_of_muon():
         "mlp": {"wi_0": (16, 2, 24), "wo": (24, 2, 16)},
         "pre_norm": {"scale": (16, 2)},
     }
-    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
     keys = iter(jax.random.split(jax.random.key(0), 6))
     layers = jax.tree.map(
-        lambda s: {"kernel": jax.random.normal(next(keys), s) / 5}, shapes, is_leaf=is_shape
+        lambda s: {"kernel": jax.random.normal(next(keys), s) / 5},
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
     layers["pre_norm"] = {"scale": jnp.ones((16, 2))}
     params = {"decoder": {"layers": layers}}
