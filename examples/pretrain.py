@@ -8,7 +8,6 @@ sizes and recipes of the paper.
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
 import sys
 import time
@@ -17,9 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
-import tqdm
 
 import galore_jax
 from examples import (
@@ -28,6 +25,7 @@ from examples import (
     hf,
     interrupts,
     llama,
+    loop,
     meshes,
     optimizers,
     processes,
@@ -193,8 +191,9 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
 
         eval_step = training.make_eval_step(model_of)
 
-        def evaluate(params: dict, limit: int | None) -> dict[str, float]:
-            """On the whole validation split, or `limit` batches spread evenly over it."""
+        def evaluate(params: dict, last: bool) -> dict[str, float]:
+            """On the whole validation split, or some batches spread evenly over it."""
+            limit = config.last_eval_batches if last else config.eval_batches
             held_out = list(
                 data_lib.validation_batches(data.validation, config.seq_len, config.batch_size)
             )
@@ -202,11 +201,23 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             place = functools.partial(meshes.place_whole, mesh)
             return training.evaluate(eval_step, params, held_out[::stride], place)
 
-        state, done = take_steps(config, state, one_step, evaluate, saver, stop_asked)
+        stop = min(config.steps, config.stop_at or config.steps)
+        plan = loop.Plan(
+            config.steps,
+            stop,
+            ("tokens", config.batch_size * config.seq_len),
+            config.log_every,
+            config.eval_every,
+            config.save_every,
+            config.skip_nonfinite,
+            title=f"{config_lib.model_name(config)}, {config.optimizer}",
+            loss="loss (nats per token)",
+        )
+        state, done = loop.take_steps(plan, state, one_step, evaluate, saver, stop_asked)
         saver.wait()
         if done < config.steps:
             print(f"stopped after step {done} of {config.steps}; continue with --resume {folder}")
-        if done < last_step(config):  # Somebody waits for the end.
+        if done < stop:  # Somebody waits for the end.
             return {}
         figures = processes.from_first(lambda: runs.read_metrics(folder)[-1])
         figures |= {"seconds": round(time.perf_counter() - began, 1)}
@@ -224,97 +235,6 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             )
             print(f"sample:\n{text}")
         return figures
-
-
-def last_step(config: Config) -> int:
-    """The step that a run stops after."""
-    return min(config.steps, config.stop_at or config.steps)
-
-
-def take_steps(
-    config: Config,
-    state: training.State,
-    one_step: Callable[[int, training.State], tuple[training.State, dict]],
-    evaluate: Callable[[dict, int | None], dict[str, float]],
-    saver: checkpoints.Checkpoints,
-    stop_asked: Callable[[], bool],
-) -> tuple[training.State, int]:
-    """Takes the steps that are left, or those until somebody asks to stop.
-
-    Each step that is taken is in the metrics, and those of a checkpoint before it is saved.
-
-    Args:
-      config: the settings.
-      state: the training state.
-      one_step: from the number of steps done and the state to the next state and its metrics.
-      evaluate: from parameters and the most batches to the figures of a validation.
-      saver: of the run's checkpoints.
-      stop_asked: whether to stop after the step.
-
-    Returns:
-      The state and the number of steps done; there is a checkpoint of them.
-    """
-    folder, step_tokens = saver.folder, config.batch_size * config.seq_len
-    done, asked = int(state["step"]), stop_asked()
-    stop = max(done, last_step(config))
-    pending, logged = [], time.perf_counter()
-    with tqdm.tqdm(
-        total=config.steps,
-        initial=done,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not processes.is_first(),
-    ) as bar:
-        while done < stop and not asked:
-            state, metrics = one_step(done, state)
-            done, asked = done + 1, stop_asked()
-            # The metrics stay on the device until they are needed: reading them waits for the step.
-            pending.append({"step": done, "tokens": done * step_tokens} | metrics)
-            last, eval_due = done == config.steps, done % config.eval_every == 0
-            save_due = done % config.save_every == 0 or done == stop or asked
-            if not (last or eval_due or save_due or done % config.log_every == 0):
-                continue
-            rows = [{k: np.asarray(v).item() for k, v in row.items()} for row in pending]
-            speed = len(rows) * step_tokens / (time.perf_counter() - logged)
-            check_finite(config, rows)
-            if last or eval_due:
-                limit = config.last_eval_batches if last else config.eval_batches
-                rows[-1] |= evaluate(state["params"], limit)
-            runs.append_metrics(folder, rows)
-            saver.seal_finished()
-            if save_due:
-                saver.save(done, state)
-                runs.plot_loss(folder, f"{config_lib.model_name(config)}, {config.optimizer}")
-            bar.update(len(rows))
-            bar.set_postfix(shown(rows[-1]) | {"tok/s": f"{speed:,.0f}"})
-            pending, logged = [], time.perf_counter()
-    return state, done
-
-
-def check_finite(config: Config, rows: list[dict[str, Any]]) -> None:
-    """Stops a run whose loss is not finite, or has not been in too many steps in a row."""
-    loss, step = rows[-1]["loss"], rows[-1]["step"]
-    if not config.skip_nonfinite:
-        if not math.isfinite(loss):
-            raise UserError(f"The loss is {loss} at step {step}. Lower --learning-rate.")
-        return
-    for row in rows:
-        if row["skipped_in_a_row"] >= config.skip_nonfinite:
-            raise UserError(
-                f"--skip-nonfinite {config.skip_nonfinite}: {row['skipped_in_a_row']} steps in a"
-                f" row had no finite loss and gradient, to step {row['step']} with its loss of"
-                f" {row['loss']}. Lower --learning-rate, or look at the data."
-            )
-
-
-def shown(row: dict[str, Any]) -> dict[str, str]:
-    """What the progress bar says of a step."""
-    parts = {"loss": f"{row['loss']:.3f}"}
-    if "val_perplexity" in row:
-        parts["val ppl"] = f"{row['val_perplexity']:.2f}"
-    if row.get("skipped"):
-        parts["skipped"] = str(row["skipped"])
-    return parts
 
 
 def main(args: Sequence[str] | None = None, setup: Callable[[Config], Setup] = setup) -> int:

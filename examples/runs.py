@@ -168,14 +168,12 @@ def truncate_metrics(folder: pathlib.Path, step: int) -> None:
 
 
 @processes.first_only
-def plot_loss(folder: pathlib.Path, title: str) -> None:
+def plot_loss(folder: pathlib.Path, title: str, ylabel: str) -> None:
     """Draws training and validation loss over steps into loss.png."""
     rows = read_metrics(folder)
     # A Figure of its own, not pyplot: no global state, no display.
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        title=title, xlabel="step", ylabel="loss (nats per token)", axisbelow=True
-    )
+    axes = figure.add_subplot(title=title, xlabel="step", ylabel=ylabel, axisbelow=True)
     for key, label, style in (
         ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
         ("val_loss", "validation", {"marker": "o", "markersize": 4}),

@@ -19,7 +19,16 @@ State = dict
 # Where the gradients are: whole, in the subspace, or of one layer at a time.
 Tier = Literal["full", "subspace", "layerwise"]
 # From parameters to the model, as by `llama.from_graph`.
-ModelOf = Callable[[dict], llama.Llama]
+ModelOf = Callable[[dict], Any]
+# From the model, a batch and perhaps a `watch` to the mean loss.
+Loss = Callable[..., jax.Array]
+
+
+def next_token_loss(
+    model: llama.Llama, tokens: jax.Array, watch: jax.Array | None = None
+) -> jax.Array:
+    """The mean loss of tokens int32 (batch, seq_len + 1), each after those before it."""
+    return jnp.mean(model.losses(tokens[:, :-1], tokens[:, 1:], watch))
 
 
 def new_state(params: dict, tx: optax.GradientTransformation) -> State:
@@ -42,7 +51,8 @@ def make_train_step(
     skip_nonfinite: bool = False,
     grad_norm: Literal["exact", "subspace"] = "exact",
     shardings: State | None = None,
-) -> Callable[[State, jax.Array], tuple[State, dict]]:
+    loss_of: Loss = next_token_loss,
+) -> Callable[[State, Any], tuple[State, dict]]:
     """One optimizer step as one compiled function, its state updated in place.
 
     The state is the same in all tiers, and so is what they compute.
@@ -63,19 +73,20 @@ def make_train_step(
         takes a backward pass more, that of `clip`.
       grad_norm: what is measured of a gradient in the subspace, see `galore_jax.value_and_grad`.
       shardings: of the state, which it keeps; by default it is on one device.
+      loss_of: the loss of a model and a batch.
 
     Returns:
-      `train_step(state, tokens)` with tokens int32 (batch, seq_len + 1): the new state and the
-      metrics of the step, of which layerwise has a `grad_norm` with `skip_nonfinite` alone.
-      `state` is donated: use the returned one.
+      `train_step(state, batch)`, where the first axis of all arrays of a batch is its rows: the new
+      state and the metrics of the step, of which layerwise has a `grad_norm` with `skip_nonfinite`
+      alone. `state` is donated: use the returned one.
     """
 
-    def loss_fn(params: dict, tokens: jax.Array) -> jax.Array:
-        return jnp.mean(model_of(params).losses(tokens[:, :-1], tokens[:, 1:]))
+    def loss_fn(params: dict, batch: Any) -> jax.Array:
+        return loss_of(model_of(params), batch)
 
-    def full_gradient(params: dict, opt_state: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
+    def full_gradient(params: dict, opt_state: Any, batch: Any) -> tuple[jax.Array, dict]:
         if accumulate == 1:
-            return jax.value_and_grad(loss_fn)(params, tokens)
+            return jax.value_and_grad(loss_fn)(params, batch)
 
         def add(total, microbatch):
             part = jax.value_and_grad(loss_fn)(params, microbatch)
@@ -83,20 +94,22 @@ def make_train_step(
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         # Every accumulate-th row, so that a batch sharded over devices stays sharded.
-        microbatches = jnp.stack([tokens[i::accumulate] for i in range(accumulate)])
+        microbatches = jax.tree.map(
+            lambda x: jnp.stack([x[i::accumulate] for i in range(accumulate)]), batch
+        )
         return jax.lax.scan(add, (jnp.zeros([]), zeros), microbatches)[0]
 
     def key_of(state: State) -> jax.Array | None:
         return None if rounding_key is None else jax.random.fold_in(rounding_key, state["step"])
 
-    def whole_step(state: State, tokens: jax.Array) -> tuple[jax.Array, Any, Any, dict]:
+    def whole_step(state: State, batch: Any) -> tuple[jax.Array, Any, Any, dict]:
         params, opt_state = state["params"], state["opt_state"]
         gradient = full_gradient
         if tier == "subspace":
             gradient = galore_jax.value_and_grad(
                 loss_fn, tx, microbatches=accumulate, norm=grad_norm
             )
-        loss, grads = gradient(params, opt_state, tokens)
+        loss, grads = gradient(params, opt_state, batch)
         norm = optax.tree.norm(grads)
 
         def update(params: dict, opt_state: Any, grads: Any) -> tuple[Any, Any]:
@@ -118,24 +131,24 @@ def make_train_step(
             )
         return loss, params, opt_state, {"grad_norm": norm}
 
-    def layerwise_step(state: State, tokens: jax.Array) -> tuple[jax.Array, Any, Any, dict]:
+    def layerwise_step(state: State, batch: Any) -> tuple[jax.Array, Any, Any, dict]:
         before, key = (state["params"], state["opt_state"]), key_of(state)
         if not skip_nonfinite:
             step = galore_jax.value_and_update(loss_fn, tx, clip_norm=clip)
-            return *step(*before, tokens, rounding_key=key), {}
-        loss, norm = value_and_norm(model_of, state["params"], tokens)
+            return *step(*before, batch, rounding_key=key), {}
+        loss, norm = value_and_norm(model_of, state["params"], batch, loss_of)
         share = 1.0 if clip is None else jnp.where(norm < clip, 1.0, clip / norm)
 
         def update(params: dict, opt_state: Any) -> tuple[Any, Any]:
             step = galore_jax.value_and_update(lambda *args: share * loss_fn(*args), tx)
-            return step(params, opt_state, tokens, rounding_key=key)[1:]
+            return step(params, opt_state, batch, rounding_key=key)[1:]
 
         after = jax.lax.cond(is_finite(loss, norm), update, lambda *old: old, *before)
         return loss, *after, {"grad_norm": norm}
 
-    def train_step(state: State, tokens: jax.Array) -> tuple[State, dict]:
+    def train_step(state: State, batch: Any) -> tuple[State, dict]:
         one_step = layerwise_step if tier == "layerwise" else whole_step
-        loss, params, opt_state, measured = one_step(state, tokens)
+        loss, params, opt_state, measured = one_step(state, batch)
         # The optimizer has not counted the steps that were skipped.
         rate = schedule(state["step"] - state["skipped"])
         metrics = {"loss": loss, "learning_rate": rate} | measured

@@ -27,22 +27,22 @@ watched.defvjp(lambda weights, watch: (weights, None), _squares)
 
 
 def value_and_norm(
-    model_of: Callable[[dict], Any], params: dict, tokens: jax.Array
+    model_of: Callable[[dict], Any], params: dict, batch: Any, loss_of: Callable[..., jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """The mean loss of a batch, and the norm of its gradient, which is held a layer at a time.
 
     Args:
-      model_of: from parameters to a `llama.Llama`, with `remat`.
+      model_of: from parameters to a model with `remat`.
       params: its parameters.
-      tokens: int32 (batch, seq_len + 1).
+      batch: what the loss takes beside the model.
+      loss_of: the loss of a model, a batch and a `watch` for its layers' weights.
     """
     blocks = params["blocks"]
 
     def loss_fn(watch: dict) -> jax.Array:
         others = {name: tree for name, tree in params.items() if name != "blocks"}
         others = jax.tree.map(lambda x: watched(x, watch["others"]), others)
-        model = model_of({"blocks": blocks} | others)
-        return jnp.mean(model.losses(tokens[:, :-1], tokens[:, 1:], watch=watch["layers"]))
+        return loss_of(model_of({"blocks": blocks} | others), batch, watch["layers"])
 
     layers = jax.tree.leaves(blocks)[0].shape[0]
     loss, squares = jax.value_and_grad(loss_fn)(

@@ -22,6 +22,8 @@ from galore_jax.projector.basis import Methods
 from galore_jax.projector.basis import methods as read_methods
 from galore_jax.projector.storage import INDICES, QUANTISED, Storage
 
+# The default, which costs no multiplication.
+_ONE = 1.0
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -31,6 +33,7 @@ class GaLoreOptions(TypedDict, total=False):
     rank: Required[Rank]
     update_proj_gap: jax.typing.ArrayLike
     scale: jax.typing.ArrayLike
+    unprojected_scale: jax.typing.ArrayLike
     proj_type: str
     method: str | Mapping[int, str]
     refresh: str
@@ -50,6 +53,7 @@ class Settings:
     rank: Rank
     update_proj_gap: jax.typing.ArrayLike = 200
     scale: jax.typing.ArrayLike = 0.25
+    unprojected_scale: jax.typing.ArrayLike = _ONE
     proj_type: str = "std"
     method: str | Mapping[int, str] = "randomized"
     refresh: str = "fixed"
@@ -63,7 +67,8 @@ class Settings:
     def __post_init__(self):
         plan_lib.check_rank(self.rank)
         check_gap(self.update_proj_gap)
-        check_scale(self.scale)
+        check_scale("scale", self.scale)
+        check_scale("unprojected_scale", self.unprojected_scale)
         check_choice("proj_type", self.proj_type, PROJ_TYPES)
         check_choice("refresh", self.refresh, ("fixed", "lazy"))
         check_choice("stagger", self.stagger, (True, False))
@@ -104,6 +109,10 @@ class Settings:
     def lazy(self) -> bool:
         """Whether a matrix whose subspace barely moves is refreshed less often."""
         return self.refresh == "lazy"
+
+    def unprojected(self, update: Any) -> Any:
+        """The update of a leaf that is not projected, given the inner optimizer's."""
+        return update if self.unprojected_scale is _ONE else self.unprojected_scale * update
 
     def plan(self, params: optax.Params) -> Plan:
         """What becomes of each leaf of `params`, in flattening order."""
@@ -177,10 +186,10 @@ def check_gap(gap: Any) -> None:
         raise ValueError(f"update_proj_gap must be below 2^31, as steps are, got {gap}")
 
 
-def check_scale(scale: Any) -> None:
-    """Raise unless the scale is one number."""
+def check_scale(name: str, scale: Any) -> None:
+    """Raise unless a scale is one number."""
     if not isinstance(scale, numbers.Real | jax.Array | np.ndarray) or np.shape(scale):  # type: ignore[arg-type]
-        raise TypeError(f"scale must be a number, got {scale!r}")
+        raise TypeError(f"{name} must be a number, got {scale!r}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -86,6 +86,10 @@ def galore(
             whose gradient is zero or not finite when its turn comes refreshes at the first step
             at which it is neither.
         scale: factor on the lifted update (the paper's alpha), not on the decay.
+        unprojected_scale: factor on the updates of leaves that are not projected, their decay
+            included where `inner` has it: the learning rate of embeddings, heads and norms in units
+            of that of the matrices. At 1 they take whole steps, as in the paper, where `scale`
+            shortens those of matrices: a rate chosen for these may then be too large for those.
         proj_type: which side of the matrix is projected, see above.
         method: how a projector is computed: `randomized` (range finder with power iterations
             on the smaller Gram matrix; 0.999 and more of the SVD's captured energy), `svd`,
@@ -284,7 +288,7 @@ def _update(settings: Settings, inner, updates, state, params, call: Call, extra
         lifts = [u + x for u, x in zip(lifts, outside, strict=True)]
     if turns is not None:
         turns_between = where.only(next_turns(views, turns, old, now))
-    out = where.flatten(where.put(lifts, out))
+    out = where.flatten(where.put(lifts, out, settings.unprojected))
     return list(map(_like, out, where.flatten(like))), GaLoreState(
         optax.safe_increment(count),
         to_tree(where, now.stored, settings.storage),

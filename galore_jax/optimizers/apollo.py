@@ -65,9 +65,9 @@ def scale_by_apollo(
             `tensor`, one for the matrix.
         gamma: largest growth of an update's norm in a step.
         **options: see `galore`; of them `rank`, `update_proj_gap`, `scale` (the paper's alpha, 1),
-            `proj_type`, `exclude`, `weight_dimension_numbers` and `method`: `random`, or how to
-            take P from the gradient (the paper's variant with `svd`), in which case it is
-            orthonormal, and stored.
+            `unprojected_scale`, `proj_type`, `exclude`, `weight_dimension_numbers` and `method`:
+            `random`, or how to take P from the gradient (the paper's variant with `svd`), in which
+            case it is orthonormal, and stored.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that needs full gradients; its state is a
@@ -152,7 +152,8 @@ def scale_by_apollo(
             view.from_matrix(settings.scale * x)
             for view, x in zip(views, where.pick(limited), strict=True)
         ]
-        out = jax.tree.map(lambda u, x: u.astype(jnp.result_type(x)), where.put(lifted, out), like)
+        out = where.put(lifted, out, settings.unprojected)
+        out = jax.tree.map(lambda u, x: u.astype(jnp.result_type(x)), out, like)
         state = state._replace(
             count=optax.safe_increment(jnp.asarray(state.count)),
             inner_state=inner_state,

@@ -70,7 +70,8 @@ def scale_by_ldadam(
         b2: decay rate of the second moment.
         eps: added to the root of the second moment.
         rho: share of the momentum in the matrix whose subspace is followed.
-        **options: of `galore`: `rank`, `proj_type`, `exclude` and `weight_dimension_numbers`.
+        **options: of `galore`: `rank`, `unprojected_scale`, `proj_type`, `exclude` and
+            `weight_dimension_numbers`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that needs full gradients.

@@ -28,7 +28,12 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
 
-@takes(Settings, without=["scale", "residual"], method="coordinates", moments="rotate")
+@takes(
+    Settings,
+    without=["scale", "unprojected_scale", "residual"],
+    method="coordinates",
+    moments="rotate",
+)
 def galore_muon(
     learning_rate: optax.ScalarOrSchedule,
     momentum: jax.typing.ArrayLike = 0.95,
@@ -75,8 +80,8 @@ def galore_muon(
         b1: decay rate of their first moment.
         b2: decay rate of their second moment.
         eps: added to the root of their second moment.
-        **options: see `galore`, rank first of all; all but `scale` and `residual`. Here `method` is
-            "coordinates" and `moments`, what becomes of B when P changes, "rotate" by default.
+        **options: see `galore`, rank first of all; all but the scales and `residual`. Here `method`
+            is "coordinates" and `moments`, what becomes of B when P changes, "rotate" by default.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that needs full gradients.

@@ -43,6 +43,22 @@ def test_a_stacked_leaf_is_its_layers(name):
         np.testing.assert_allclose(got[k[0]][int(k[1])], w, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", [n for n in MEMBERS if n != "scale" and "muon" not in n])
+def test_leaves_outside_have_a_scale_of_their_own(name):
+    # Weights of zero do not decay, so that the whole step is seen.
+    params = params_like({"w": (8, 12)}) | {"bias": jnp.zeros(12), "head": jnp.zeros((8, 12))}
+    updates = []
+    for options in ({}, {"unprojected_scale": 0.25}):
+        tx = MEMBERS[name](rank=2, update_proj_gap=3, **options)
+        state = tx.init(params)
+        updates.append(tx.update(grads_like(params, 0), state, params)[0])
+    plain, scaled = updates
+    np.testing.assert_array_equal(scaled["w"], plain["w"])
+    for leaf in ("bias", "head"):
+        assert np.any(plain[leaf])
+        np.testing.assert_allclose(scaled[leaf], 0.25 * plain[leaf], rtol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_bfloat16_weights_keep_float32_state(name):
