@@ -2,7 +2,7 @@
 
     python -m benchmarks.low_rank --weights lora --rank 32 [flags of examples.pretrain]
 
-A kernel (layers, in, out) becomes a dict of factors, and `assemble` multiplies it out again
+A kernel (layers, in, out) becomes a dict of factors, which `examples.lora` multiplies out again
 where the model needs it, so the model, the loss and the optimizers stay what they are:
 
     low_rank    W = A B                      Kamalakara et al., https://arxiv.org/abs/2209.13569
@@ -17,7 +17,6 @@ where the model needs it, so the model, the loss and the optimizers stay what th
 import argparse
 import sys
 import typing
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from examples import llama, pretrain
+from examples import llama, lora, pretrain
 from examples.config import Config
 from examples.errors import UserError
 from examples.optimizers import is_kernel
@@ -47,28 +46,11 @@ def factorise(weights: Weights, params: dict, rank: int, key: jax.Array) -> dict
       rank: inner size of A (layers, in, rank) and B (layers, rank, out).
       key: of the random A of lora and relora, whose B is zero.
     """
-
-    def factors(path, w):
-        if not is_kernel(path):
-            return w
-        if weights in ("low_rank", "refactored"):
-            return balanced(w, rank)
-        name = jax.tree_util.keystr(path)
-        return {"base": w} | fresh(w, rank, jax.random.fold_in(key, hash_of(name)))
-
-    return jax.tree_util.tree_map_with_path(factors, params)
-
-
-def assemble(params: dict) -> dict:
-    """Multiply the factors out, giving the parameters of the model. W0 gets no gradient."""
-
-    def kernel(w):
-        if not _is_factors(w):
-            return w
-        product = w["a"] @ w["b"]
-        return product + jax.lax.stop_gradient(w["base"]) if "base" in w else product
-
-    return jax.tree.map(kernel, params, is_leaf=_is_factors)
+    if weights in ("lora", "relora"):
+        return lora.factorise(params, rank, key, is_kernel)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: balanced(w, rank) if is_kernel(path) else w, params
+    )
 
 
 def labels(params: dict) -> dict:
@@ -110,16 +92,18 @@ def make_restart(weights: Weights, seed: int, gap: int) -> Callable[[int, dict],
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
 
         def factors(path, w):
-            if not _is_factors(w):
+            if not lora.is_factors(w):
                 return w
             rank = w["a"].shape[-1]
             if weights == "refactored":
                 return balanced(w["a"] @ w["b"], rank)
             name = jax.tree_util.keystr(path)
             base = w["base"] + w["a"] @ w["b"]
-            return {"base": base} | fresh(base, rank, jax.random.fold_in(key, hash_of(name)))
+            return {"base": base} | lora.fresh(
+                base, rank, jax.random.fold_in(key, lora.hash_of(name))
+            )
 
-        params = jax.tree_util.tree_map_with_path(factors, state["params"], is_leaf=_is_factors)
+        params = jax.tree_util.tree_map_with_path(factors, state["params"], is_leaf=lora.is_factors)
         which = ("mu",) if weights == "refactored" else ("mu", "nu")
         opt_state = without(which, state["opt_state"])
         return state | {"params": params, "opt_state": opt_state}
@@ -135,21 +119,6 @@ def balanced(w: jax.Array, rank: int) -> dict[str, jax.Array]:
     root = jnp.sqrt(s[..., :rank])
     a, b = u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
     return {"a": a.astype(w.dtype), "b": b.astype(w.dtype)}
-
-
-def fresh(w: jax.Array, rank: int, key: jax.Array) -> dict[str, jax.Array]:
-    """Factors whose product is zero."""
-    a = jax.random.normal(key, (*w.shape[:-1], rank), w.dtype) * w.shape[-2] ** -0.5
-    return {"a": a, "b": jnp.zeros((*w.shape[:-2], rank, w.shape[-1]), w.dtype)}
-
-
-def hash_of(name: str) -> int:
-    """A number for a leaf's name, the same on every run."""
-    return zlib.crc32(name.encode())
-
-
-def _is_factors(x: Any) -> bool:
-    return isinstance(x, dict) and {"a", "b"} <= set(x) <= {"a", "b", "base"}
 
 
 def split_flags(args: Sequence[str]) -> tuple[Weights, int | None, int | None, list[str]]:
@@ -168,7 +137,7 @@ def make_setup(
     """`pretrain.setup` with such weights; rank and gap are the recipe's by default."""
 
     def setup(config: Config) -> pretrain.Setup:
-        inner, steps = rank or config.rank, gap or config.update_proj_gap
+        inner, steps = int(rank or config.rank), gap or config.update_proj_gap
         smallest = llama.CONFIGS[config.model].hidden
         if inner > smallest:
             raise UserError(
@@ -187,7 +156,9 @@ def make_setup(
 
         tx = pretrain.make_optimizer(config, schedule, labels(jax.eval_shape(init)))
         restart = make_restart(weights, config.seed, steps) if weights in RESTARTING else None
-        return pretrain.Setup(lambda p: nnx.merge(graph, assemble(p)), init, tx, schedule, restart)
+        return pretrain.Setup(
+            lambda p: nnx.merge(graph, lora.assemble(p)), init, tx, schedule, restart
+        )
 
     return setup
 

@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tyro
 
@@ -15,7 +16,7 @@ from examples.errors import UserError
 SMALLEST = {  # Of the numbers, where it is not 1.
     **{"seq_len": 2, "warmup": 0, "clip": 0, "weight_decay": 0, "sample_tokens": 0},
     **{"process_id": 0, "seed": 0, "learning_rate": 0, "scale": 0},
-    **{"embedding_learning_rate": 0, "random_from": 0, "skip_nonfinite": 0},
+    **{"embedding_learning_rate": 0, "random_from": 0, "skip_nonfinite": 0, "rank": 0},
 }
 
 
@@ -24,12 +25,34 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def check(config: Config) -> None:
-    """Refuses settings that cannot work, each by its flag."""
+def check_numbers(config: Any, smallest: Mapping[str, float]) -> None:
+    """Refuses numbers that are too small, each by its flag; the least is 1 but for those given."""
     for name, value in dataclasses.asdict(config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not value >= SMALLEST.get(name, 1):
-            raise UserError(f"{flag(name)} is {value}: give at least {SMALLEST.get(name, 1)}.")
+        if is_number and not value >= smallest.get(name, 1):
+            raise UserError(f"{flag(name)} is {value}: give at least {smallest.get(name, 1)}.")
+
+
+def check_rank(rank: float) -> None:
+    """Refuses what is neither a rank nor a share of a side."""
+    if rank <= 0 or (rank >= 1 and rank != int(rank)):
+        raise UserError(f"--rank is {rank}: give at least 1, or a share of a side below 1.")
+
+
+def refuse_changed(before: Any, now: Any) -> None:
+    """Refuses a setting that a run to resume has otherwise, and keeps to its end."""
+    for name in config_lib.changed(before, now):
+        was, given = getattr(before, name), getattr(now, name)
+        raise UserError(
+            f"{flag(name)}: the run to resume has {was!r}, not {given!r}. Leave {flag(name)} out,"
+            " or start a new run."
+        )
+
+
+def check(config: Config) -> None:
+    """Refuses settings that cannot work, each by its flag."""
+    check_numbers(config, SMALLEST)
+    check_rank(config.rank)
     if config.batch_size % config.accumulate:
         raise UserError(
             f"--accumulate {config.accumulate} does not divide --batch-size"
@@ -48,6 +71,8 @@ def check(config: Config) -> None:
             f"--vocab-size {config.vocab_size}: the checkpoint of --init-from has {size}. Leave it"
             " out."
         )
+    if config.optimizer == "optax_galore" and config.rank < 1:
+        raise UserError(f"--rank {config.rank}: --optimizer optax_galore takes no share of a side.")
     if config.moments not in (None, "keep") and config.optimizer.endswith("8bit"):
         raise UserError(
             f"--moments {config.moments}: --optimizer {config.optimizer} cannot change its 8-bit"
@@ -163,11 +188,6 @@ def parse(args: Sequence[str]) -> Config:
     )
     if config.resume is not None:
         config = dataclasses.replace(config, run_dir=config.resume)
-        for name in config_lib.changed(default, config):
-            before, now = getattr(default, name), getattr(config, name)
-            raise UserError(
-                f"{flag(name)}: the run to resume has {before!r}, not {now!r}. Leave"
-                f" {flag(name)} out, or start a new run."
-            )
+        refuse_changed(default, config)
     check(config)
     return config

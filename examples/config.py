@@ -60,8 +60,8 @@ class Config:
     """Largest global norm of the gradient; 0 for no clipping."""
 
     # GaLore.
-    rank: int
-    """Rank of the projected gradients."""
+    rank: int | float
+    """Rank of the projected gradients; below 1 a share of a matrix's smaller side."""
     update_proj_gap: int
     """Steps from one refresh of the projectors to the next."""
     scale: float
@@ -196,25 +196,31 @@ def model_name(config: Config) -> str:
     return pathlib.Path(config.init_from).name if config.init_from else config.model
 
 
+def whole_rank(rank: int | float) -> int | float:
+    """A rank as the library takes it: whole numbers as such, shares as they are."""
+    return rank if rank < 1 else int(rank)
+
+
 def galore_options(config: Config) -> dict:
     """The settings `galore_jax.galore` takes."""
     names = ["rank", "update_proj_gap", "scale", "proj_type", "refresh", "stagger"]
     optional = ("method", "moments", "projector_dtype")
     names += [name for name in optional if getattr(config, name) is not None]
     options = {name: getattr(config, name) for name in names}
+    options["rank"] = whole_rank(config.rank)
     if config.random_from is not None:
         options["method"] = {0: config.method or "randomized", config.random_from: "random"}
     return options
 
 
-def save(config: Config, folder: pathlib.Path) -> None:
-    """Writes config.json."""
+def save(config: Any, folder: pathlib.Path) -> None:
+    """Writes the settings of a run as config.json."""
     settings = {"format": FORMAT} | dataclasses.asdict(config)
     write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def read(folder: pathlib.Path, given_as: str = "--resume") -> Config:
-    """The config of a run's folder, which a flag has named."""
+def read(folder: pathlib.Path, given_as: str = "--resume", of: Any = Config) -> Any:
+    """The settings in a run's folder, which a flag has named; `of` is their dataclass."""
     path = folder / "config.json"
     if not path.exists():
         raise UserError(
@@ -229,16 +235,15 @@ def read(folder: pathlib.Path, given_as: str = "--resume") -> Config:
             " copy, or start a new run."
         ) from None
     found = saved.pop("format", None)
-    if found != FORMAT or set(saved) != {f.name for f in dataclasses.fields(Config)}:
+    if found != FORMAT or set(saved) != {f.name for f in dataclasses.fields(of)}:
         raise UserError(
             f"{given_as}: {str(path)!r} is of another version of this program (format {found}, here"
             f" {FORMAT}). Continue it with that version, or start a new run."
         )
-    saved["data"] = tuple(saved["data"])
-    return Config(**saved)
+    return of(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
-def changed(before: Config, now: Config) -> list[str]:
+def changed(before: Any, now: Any) -> list[str]:
     """The settings that differ, of those that a run keeps to its end."""
     kept = (name for name in dataclasses.asdict(now) if name not in MAY_CHANGE)
     return [name for name in kept if getattr(before, name) != getattr(now, name)]

@@ -172,6 +172,7 @@ def create(
     clip: float | None = None,
     embedding_learning_rate: optax.ScalarOrSchedule | None = None,
     labels: Any = None,
+    target: str | None = None,
     **galore_options,
 ) -> optax.GradientTransformation:
     """The named optimizer, behind gradient clipping by the global norm if `clip` is given.
@@ -185,6 +186,7 @@ def create(
         it needs `labels`.
       labels: a tree of `kernel`, `other` and `fixed`, where some weights are fixed or train
         differently; see `labels`.
+      target: regular expression for the paths of the kernels that are projected, where not all are.
       **galore_options: `rank` and the other arguments of `galore_jax.galore`; each optimizer gets
         those it takes, the full-rank ones none.
     """
@@ -195,6 +197,8 @@ def create(
     if name in STACKED:
         # The blocks are stacked: each layer's slice is a matrix with a projector of its own.
         options["weight_dimension_numbers"] = galore_jax.matrix_axes
+        if target is not None:
+            options["exclude"] = f"^(?!.*(?:{target}))"
     tx = entry.make(learning_rate, **options)
     if labels is not None:
         other = tx

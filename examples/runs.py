@@ -5,13 +5,12 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib.figure
 
 from examples import checkpoints, processes
 from examples import config as config_lib
-from examples.config import Config
 from examples.errors import UserError
 from examples.files import disk_errors, write_atomically
 
@@ -20,7 +19,17 @@ try:
 except ImportError:  # Windows.
     fcntl = None
 
-LOCK = "lock"
+LOCK, SUMMARY = "lock", "summary.json"
+
+
+class Config(Protocol):
+    """What is asked here of the settings of a run, of whatever kind."""
+
+    @property
+    def run_dir(self) -> str: ...  # noqa: D102
+
+    @property
+    def resume(self) -> str | None: ...  # noqa: D102
 
 
 def named(config: Config) -> str:
@@ -87,7 +96,7 @@ def refuse_another(config: Config) -> None:
     folder = pathlib.Path(config.run_dir)
     if config.resume is not None or not (folder / "config.json").exists():
         return
-    before = config_lib.read(folder, "--run-dir")
+    before = config_lib.read(folder, "--run-dir", type(config))
     if checkpoints.exist(folder) or config_lib.changed(before, config):
         raise UserError(
             f"--run-dir: {config.run_dir!r} already holds a run. Continue it with --resume"
@@ -191,5 +200,5 @@ def plot_loss(folder: pathlib.Path, title: str, ylabel: str) -> None:
 @processes.first_only
 def save_summary(folder: pathlib.Path, figures: dict[str, Any]) -> None:
     """Writes summary.json."""
-    with _saving(folder, "summary.json"):
-        write_atomically(folder / "summary.json", json.dumps(figures, indent=2) + "\n")
+    with _saving(folder, SUMMARY):
+        write_atomically(folder / SUMMARY, json.dumps(figures, indent=2) + "\n")

@@ -21,7 +21,7 @@ def model():
 
 def kernels(params):
     """The blocks' kernels, multiplied out, by path."""
-    found = jax.tree_util.tree_leaves_with_path(low_rank.assemble(params))
+    found = jax.tree_util.tree_leaves_with_path(lora.assemble(params))
     return {jax.tree_util.keystr(path): x for path, x in found if optimizers.is_kernel(path)}
 
 
@@ -44,8 +44,8 @@ def test_adapters_begin_as_the_model_itself(kind):
     _, params, written = factorised(kind)
     for (path, w), got in zip(kernels(params).items(), kernels(written).values(), strict=True):
         np.testing.assert_array_equal(got, w, err_msg=path)
-    apart = [x["a"] for x in jax.tree.leaves(written, is_leaf=low_rank._is_factors)
-             if low_rank._is_factors(x)]  # fmt: skip
+    apart = [x["a"] for x in jax.tree.leaves(written, is_leaf=lora.is_factors)
+             if lora.is_factors(x)]  # fmt: skip
     assert len({np.asarray(a).tobytes() for a in apart}) == 7
     assert np.std(apart[0]) == pytest.approx(apart[0].shape[-2] ** -0.5, rel=0.1)
 
@@ -65,7 +65,7 @@ def test_the_fixed_weight_gets_neither_gradient_nor_state(kind):
     graph, _, params = factorised(kind)
     labels = low_rank.labels(params)
     tx = training_optimizer(labels)
-    model_of = lambda p: nnx.merge(graph, low_rank.assemble(p))  # noqa: E731
+    model_of = lambda p: nnx.merge(graph, lora.assemble(p))  # noqa: E731
     step = training.make_train_step(model_of, tx, lambda _: 0.01)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (4, 17)))
     state = training.new_state(jax.tree.map(jnp.copy, params), tx)
@@ -120,8 +120,8 @@ def test_a_restart_leaves_the_model_and_renews_its_factors(kind):
         assert np.any(np.asarray(x)) != (factor and which <= zeroed), names
         seen |= which if factor else set()
     assert seen == {"mu", "nu"}
-    factors = [x for x in jax.tree.leaves(after["params"], is_leaf=low_rank._is_factors)
-               if low_rank._is_factors(x)]  # fmt: skip
+    factors = [x for x in jax.tree.leaves(after["params"], is_leaf=lora.is_factors)
+               if lora.is_factors(x)]  # fmt: skip
     for x in factors:
         if kind == "relora":
             assert not np.any(x["b"]) and np.any(x["a"])

@@ -1,0 +1,243 @@
+"""The settings of a fine-tuning as one frozen dataclass, and its command line."""
+
+import argparse
+import dataclasses
+import pathlib
+import re
+import time
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import tyro
+
+from examples import command_line, hf_config, optimizers, tasks, training
+from examples import config as config_lib
+from examples.command_line import flag
+from examples.config import Dtype
+from examples.errors import UserError
+
+
+class Method(NamedTuple):
+    """One name `--method` knows."""
+
+    optimizer: str  # Of optimizers.OPTIMIZERS.
+    rate: float = 1.0  # Learning rate in units of that of full fine-tuning.
+    shortens: bool = False  # Whether an update in a subspace is shorter than a full one.
+    adam_rate: float | None = None  # Of all else in units of the rate, where that is not Adam's.
+
+
+METHODS = {
+    "galore": Method("galore_adamw", shortens=True),
+    "galore8bit": Method("galore_adamw8bit", shortens=True),
+    "galore_muon": Method("galore_muon", rate=8.0, adam_rate=1 / 8),
+    "frugal": Method("frugal"),
+    "fira": Method("fira"),
+    "apollo": Method("apollo"),
+    "lora": Method("adamw", rate=10.0),
+    "full": Method("adamw"),
+}
+# Those whose --rank and --scale count.
+RANKED = [name for name in METHODS if name != "full"]
+SCALED = ["galore", "galore8bit", "frugal", "fira"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Settings. Those without a default here come from the task, the kind of model and --method."""
+
+    init_from: str
+    """Folder of a Hugging Face checkpoint: a RoBERTa learns to classify, a LLaMA or one of its
+    descendants to answer. A run resumes while it is there."""
+
+    # Data.
+    task: Literal[tuple(tasks.TASKS)] | None = None  # type: ignore[valid-type]
+    """Task of GLUE, with its columns, labels, metric and the paper's learning rate. Without --data
+    it is fetched from Hugging Face."""
+    data: tuple[str, ...] = ()
+    """Files to train on (jsonl, json, csv, tsv, parquet) or one Hugging Face dataset (owner/name,
+    owner/name:config). To classify, rows have texts and a label; to answer, prompt and response,
+    messages, or text."""
+    eval_data: tuple[str, ...] = ()
+    """Files to validate on; by default a dataset's split, or a tenth of the rows at random."""
+    columns: tuple[str, ...] = ()
+    """The columns that are texts, one or two; by default the task's, or the usual names."""
+    label: str = "label"
+    """The column of the label: a class, or a number with a fraction to regress on."""
+    tokenizer: str | None = None
+    """Folder with another tokenizer.json; by default the checkpoint's."""
+    chat_template: bool = True
+    """Write prompts and responses with the tokenizer's chat template, where it has one."""
+    max_length: int
+    """Tokens that a text is cut off after."""
+
+    # Method.
+    method: Literal[tuple(METHODS)] = "galore"  # type: ignore[valid-type]
+    """What trains: AdamW in the gradient's subspace (galore), others of its family, LoRA's factors,
+    or AdamW on all weights (full)."""
+    target: str = "^blocks/.*kernel"
+    """Regular expression for the paths of the weights that --method is for, such as
+    blocks/attention/(q|v)/kernel. All others train as in full; with lora, the new head alone."""
+    rank: int | float
+    """Rank of the gradient's subspace or of LoRA's factors; a share of a matrix's smaller side
+    where it is below 1."""
+    update_proj_gap: int
+    """Steps from one refresh of the projectors to the next."""
+    scale: float
+    """Multiplies the lifted updates."""
+
+    # Schedule.
+    epochs: float
+    """Times that the data is seen."""
+    batch_size: int
+    """Examples a step."""
+    accumulate: int = 1
+    """Microbatches a step is computed in; must divide --batch-size."""
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])]
+    """Peak learning rate; it falls to 0 in a line."""
+    warmup: float = 0.0
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 for no clipping."""
+    patience: int = 0
+    """Stop after so many validations without a better one; 0 for never."""
+    evals_per_epoch: int = 1
+    """Validations an epoch."""
+
+    # Memory and numbers.
+    tier: training.Tier = "full"
+    """How much of the gradient exists at once: see examples.pretrain."""
+    remat: bool = False
+    """Recompute each block's activations in the backward pass: less memory, more time."""
+    param_dtype: Dtype | None = None
+    """Number format of weights and activations; by default the checkpoint's. States are float32
+    whatever it is; bfloat16 weights are rounded up or down at random after a step."""
+    seeds: tuple[int, ...] = (0,)
+    """One training for each: of a new head, of dropout and of the order of the data."""
+
+    # The run.
+    run_dir: str
+    """Folder of the run; by default a new one under runs/."""
+    resume: str | None = None
+    """Folder of a run to continue, with its settings."""
+    stop_at: int | None = None
+    """Stop each training after this step, with a checkpoint to resume from."""
+    log_every: int = 10
+    """Steps between two looks at the loss."""
+
+
+def defaults(args: Sequence[str]) -> FinetuneConfig:
+    """What the flags not given stand at: the run's to resume, or the paper's.
+
+    To classify they are those of its RoBERTa on GLUE, with rank 4. Answering has no such table:
+    there they are a rank of a quarter and what full fine-tuning usually takes.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--resume", "--task", "--method"):
+        first.add_argument(name, nargs="?")
+    first.add_argument("--init-from", "--init_from", nargs="?")
+    known, _ = first.parse_known_args(args)
+    if known.resume:
+        saved = config_lib.read(pathlib.Path(known.resume), of=FinetuneConfig)
+        return dataclasses.replace(saved, stop_at=None, run_dir=known.resume)
+    given, task = known.init_from, tasks.TASKS.get(known.task, tasks.Task())
+    method = METHODS.get(known.method, METHODS["galore"])
+    answers = given is not None and not classifies(given)
+    settings = dict(
+        **{"rank": 4, "update_proj_gap": 500, "scale": 4.0, "epochs": 30.0, "max_length": 512},
+        **{"learning_rate": task.learning_rate, "batch_size": task.batch_size},
+    )
+    if answers:
+        settings = dict(
+            **{"rank": 0.25, "update_proj_gap": 200, "scale": 2.0, "epochs": 3.0},
+            **{"max_length": 1024, "learning_rate": 2e-5, "batch_size": 16},
+        )
+    settings["learning_rate"] *= method.rate
+    settings["scale"] = settings["scale"] if method.shortens else 1.0
+    model = pathlib.Path(given or "").name
+    name = "-".join(filter(None, [model, known.task, known.method, time.strftime("%Y%m%d-%H%M%S")]))
+    return FinetuneConfig(
+        init_from=given if given is not None else tyro.MISSING,
+        run_dir=str(pathlib.Path("runs") / name),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def classifies(folder: str) -> bool:
+    """Whether the checkpoint is of an encoder."""
+    return hf_config.model_type(pathlib.Path(folder)) in hf_config.ENCODERS
+
+
+def parse(args: Sequence[str]) -> FinetuneConfig:
+    """The settings of a command line; with --resume, those of the run it names."""
+    default = defaults(args)
+    config = tyro.cli(
+        FinetuneConfig,
+        args=args,
+        default=default,
+        prog="python -m examples.finetune",
+        description="Fine-tunes a checkpoint with GaLore, or with what it is compared with.",
+    )
+    if config.resume is not None:
+        config = dataclasses.replace(config, run_dir=config.resume)
+        command_line.refuse_changed(default, config)
+    check(config)
+    return config
+
+
+SMALLEST = {  # Of the numbers, where it is not 1.
+    **{"warmup": 0, "clip": 0, "weight_decay": 0, "learning_rate": 0, "scale": 0, "patience": 0},
+    **{"rank": 0, "epochs": 0, "max_length": 2},
+}
+
+
+def check(config: FinetuneConfig) -> None:
+    """Refuses settings that cannot work, each by its flag."""
+    command_line.check_numbers(config, SMALLEST)
+    method = METHODS[config.method]
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"--accumulate {config.accumulate} does not divide --batch-size"
+            f" {config.batch_size}. Change one of them."
+        )
+    if config.warmup >= 1:
+        raise UserError(f"--warmup {config.warmup} is a share of the steps: give less than 1.")
+    command_line.check_rank(config.rank)
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: give each seed once.")
+    if config.scale != 1 and config.method not in SCALED:
+        raise UserError(
+            f"--scale {config.scale}: --method {config.method} has no use for it. Leave it out, or"
+            f" give one of {', '.join(SCALED)}."
+        )
+    if len(config.columns) > 2:
+        raise UserError(f"--columns {' '.join(config.columns)}: give one or two.")
+    try:
+        re.compile(config.target)
+    except re.error as error:
+        raise UserError(f"--target {config.target!r} is no regular expression: {error}.") from error
+    if config.tier == "subspace" and method.optimizer not in optimizers.IN_SUBSPACE:
+        fit = [n for n, m in METHODS.items() if m.optimizer in optimizers.IN_SUBSPACE]
+        raise UserError(
+            f"--tier subspace: --method {config.method} needs full gradients. Give one of"
+            f" {', '.join(fit)}, or another --tier."
+        )
+    if config.tier == "layerwise" and config.accumulate > 1:
+        raise UserError(
+            f"--tier layerwise takes a batch as one, not in --accumulate {config.accumulate}"
+            " microbatches. Give --accumulate 1 and a --batch-size that fits, or --tier subspace."
+        )
+    if config.method == "lora" and config.tier != "full":
+        raise UserError(f"--tier {config.tier}: --method lora trains factors. Leave it out.")
+    if not classifies(config.init_from):
+        for name in ("task", "columns"):
+            if getattr(config, name):
+                raise UserError(
+                    f"{flag(name)}: {config.init_from} is a model that answers. Leave it out, or"
+                    " give a RoBERTa."
+                )
+        if not config.data:
+            raise UserError("--data: give rows with prompt and response, messages, or text.")
+    elif not (config.task or config.data):
+        raise UserError(f"--task: give one of {', '.join(tasks.TASKS)}, or your rows as --data.")
