@@ -28,10 +28,7 @@ from examples.llama_config import ACTIVATIONS, LlamaConfig
 from examples.losses import chunked_losses, token_losses
 from examples.modules import embedding, from_graph, initializer_of, linear, stacked, through
 
-__all__ = [
-    *("CONFIGS", "RECIPES", "Recipe", "Llama", "LlamaConfig"),
-    *("create", "from_graph", "initializer"),
-]
+__all__ = ["CONFIGS", "RECIPES", "Llama", "LlamaConfig", "create", "from_graph", "initializer"]
 
 
 @dataclasses.dataclass(frozen=True)
