@@ -1,7 +1,11 @@
-"""Causal attention, over all positions before or those of a window, in blocks of queries."""
+"""Attention, causal or not, over all positions or some, in blocks of queries."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from examples.dropout import dropped, folded
 
 # Above this many positions attention goes by blocks of queries.
 _QUERIES = 256
@@ -21,19 +25,52 @@ def causal_attention(
         past, keys = queries[:, None] >= jnp.arange(time), jnp.arange(time)
         return past if window is None else past & (queries[:, None] - keys < window)
 
+    def attend(queries: jax.Array, q: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=seen(queries)[None, None])
+
+    if time <= _QUERIES and window is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    return _by_queries(attend, q)
+
+
+def masked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Attention for q, k, v (B, T, H, C) to the positions of a mask (B, T), before and behind.
+
+    With a `key` weights are dropped. Where the mask has no position all count alike.
+    """
+    mask = mask[:, None, None]
+
+    def attend(queries: jax.Array, q: jax.Array) -> jax.Array:
+        if key is None or dropout == 0:
+            return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        scores = jnp.einsum("bthc,bshc->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+        weights = dropped(jax.nn.softmax(scores), dropout, folded(key, queries[0]))
+        return jnp.einsum("bhts,bshc->bthc", weights.astype(v.dtype), v)
+
+    return _by_queries(attend, q)
+
+
+def _by_queries(attend: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array) -> jax.Array:
+    """`attend(numbers, queries)` of all queries (B, T, H, C), or a block of them at a time."""
+    time = q.shape[1]
     if time <= _QUERIES:
-        if window is None:
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return jax.nn.dot_product_attention(q, k, v, mask=seen(jnp.arange(time))[None, None])
+        return attend(jnp.arange(time), q)
     count = -(-time // _QUERIES)
     size = -(-time // count)
     padded = jnp.pad(q, [(0, 0), (0, count * size - time), (0, 0), (0, 0)])
     blocks = padded.reshape(q.shape[0], count, size, *q.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def attend(first, q):
-        mask = seen(first + jnp.arange(size))[None, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    def attend_block(first, q):
+        return attend(first + jnp.arange(size), q)
 
-    out = jax.lax.map(lambda block: attend(*block), (jnp.arange(count) * size, blocks))
+    out = jax.lax.map(lambda block: attend_block(*block), (jnp.arange(count) * size, blocks))
     return out.swapaxes(0, 1).reshape(padded.shape)[:, :time]

@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from examples import rope
+from examples import hf_fields, rope
 from examples.errors import UserError
-from examples.llama_config import ACTIVATIONS, LlamaConfig
+from examples.hf_fields import Fields
+from examples.llama_config import LlamaConfig
 
 SCALINGS = {
     **{"linear": rope.Linear, "dynamic": rope.Dynamic},
@@ -37,56 +38,16 @@ CLASSES = {
     **{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM"},
 }
 
-# Of generation, of files, of programs: they change no logits.
-IRRELEVANT = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "return_dict"),
-    *("output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type"),
-    *("_name_or_path", "name_or_path", "transformers_version", "transformers.js_config"),
-    *("torch_dtype", "dtype", "attn_implementation", "_attn_implementation"),
-    *("_attn_implementation_autoset", "pretraining_tp", "is_llama_config"),
-    *("unsloth_fixed", "unsloth_version"),
+IRRELEVANT = hf_fields.IRRELEVANT | {
+    *("pretraining_tp", "is_llama_config", "unsloth_fixed", "unsloth_version"),
     "max_window_layers",  # In SmolLM3, whose layers do not go by it.
 }
 # They would change something, so they may stand there with these values alone.
-NEUTRAL = {
+NEUTRAL = hf_fields.NEUTRAL | {
     **{"attention_dropout": 0, "hidden_dropout": 0, "partial_rotary_factor": 1},
-    **{"chunk_size_feed_forward": 0, "is_encoder_decoder": False, "rope_interleaved": False},
+    **{"rope_interleaved": False, "tie_last_hidden_states": None, "per_layer_config": None},
     **{"attention_bias": False, "mlp_bias": False},  # Of architectures that do not read them.
-    **{"tie_last_hidden_states": None, "quantization_config": None, "per_layer_config": None},
 }
-
-
-class _Fields:
-    """The fields of a config that are still to be read."""
-
-    def __init__(self, fields: Mapping[str, Any], source: str):
-        self.left, self.source = dict(fields), source
-
-    def refuse(self, name: str, why: str) -> UserError:
-        return UserError(f"{self.source}: {name} {why}.")
-
-    def take(self, name: str, kind: type, default: Any = ..., smallest: float | None = None) -> Any:
-        """A field's value, checked; the default where it is missing or null."""
-        value = self.left.pop(name, None)
-        if value is None:
-            if default is ...:
-                raise self.refuse(name, "is missing")
-            return default
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        right = numeric if kind is float else isinstance(value, kind)
-        if not right or (kind is int and isinstance(value, bool)):
-            raise self.refuse(name, f"is {value!r}, not of type {kind.__name__}")
-        if smallest is not None and not value >= smallest:
-            raise self.refuse(name, f"is {value}, less than {smallest}")
-        return value
-
-    def layers(self, name: str, count: int, kinds: tuple[Any, Any]) -> list[Any] | None:
-        """A field that has one of two values for each layer; None where it is missing."""
-        values = self.take(name, list, None)
-        # SmolLM3 permits entries for more layers than there are.
-        if values is not None and (len(values) < count or any(v not in kinds for v in values)):
-            raise self.refuse(name, f"must have {kinds[0]!r} or {kinds[1]!r} for {count} layers")
-        return values and values[:count]
 
 
 def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
@@ -100,7 +61,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Ll
       UserError: a field is missing, of no known name, or of a value that the model has no place
         for.
     """
-    given = _Fields(fields, source)
+    given = Fields(fields, source)
     kind = given.take("model_type", str)
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -112,10 +73,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Ll
     heads = given.take("num_attention_heads", int, smallest=1)
     bias = "attention_bias" in ARCHITECTURES[kind] and given.take("attention_bias", bool, False)
     own = 128 if kind == "qwen3" else None
-    activation = given.take("hidden_act", str, "silu")
-    activation = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}.get(activation, activation)
-    if activation not in ACTIVATIONS:
-        raise given.refuse("hidden_act", f"{activation!r} is none of {', '.join(ACTIVATIONS)}")
+    activation = given.activation("silu")
     theta, scaling = _rope(given, 2e6 if kind == "smollm3" else 1e4)
     rope_layers = _rope_layers(given, layers) if kind == "smollm3" else None
     window, sliding_layers = _windows(given, kind, layers, rope_layers)
@@ -146,20 +104,14 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Ll
     }
     if "mlp_bias" in ARCHITECTURES[kind]:
         settings["mlp_bias"] = given.take("mlp_bias", bool, False)
-    for name, value in NEUTRAL.items():
-        found = given.left.pop(name, None)
-        if found is not None and found != value:
-            raise given.refuse(name, f"is {found!r}, which the model has no place for")
-    for name in given.left:
-        if name not in IRRELEVANT:
-            raise given.refuse(name, f"is a field that is not known of {kind!r}")
+    given.refuse_rest(kind, NEUTRAL, IRRELEVANT)
     try:
         return LlamaConfig(**settings)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
 
 
-def _rope(given: _Fields, default_theta: float) -> tuple[float, rope.Scaling | None]:
+def _rope(given: Fields, default_theta: float) -> tuple[float, rope.Scaling | None]:
     """Theta and scaling, in the words of `transformers` before its version 5 or since."""
     theta = given.take("rope_theta", float, None, smallest=1)
     name = "rope_scaling" if given.left.get("rope_scaling") else "rope_parameters"
@@ -167,7 +119,7 @@ def _rope(given: _Fields, default_theta: float) -> tuple[float, rope.Scaling | N
     other = "rope_parameters" if name == "rope_scaling" else "rope_scaling"
     if given.take(other, dict, {}):
         raise given.refuse(name, f"stands beside {other}: leave one of them")
-    inner = _Fields(found, f"{given.source}: {name}")
+    inner = Fields(found, f"{given.source}: {name}")
     inner_theta = inner.take("rope_theta", float, theta or default_theta, smallest=1)
     if theta not in (None, inner_theta):
         raise inner.refuse("rope_theta", f"is {inner_theta}, and outside {theta}")
@@ -193,7 +145,7 @@ def _rope(given: _Fields, default_theta: float) -> tuple[float, rope.Scaling | N
     return inner_theta, scaling
 
 
-def _rope_layers(given: _Fields, layers: int) -> tuple[bool, ...] | None:
+def _rope_layers(given: Fields, layers: int) -> tuple[bool, ...] | None:
     interval = given.take("no_rope_layer_interval", int, 4, smallest=1)
     found = given.layers("no_rope_layers", layers, (0, 1))
     if found is None:
@@ -202,7 +154,7 @@ def _rope_layers(given: _Fields, layers: int) -> tuple[bool, ...] | None:
 
 
 def _windows(
-    given: _Fields, kind: str, layers: int, rope_layers: tuple[bool, ...] | None
+    given: Fields, kind: str, layers: int, rope_layers: tuple[bool, ...] | None
 ) -> tuple[int | None, tuple[bool, ...] | None]:
     """The window, and the layers that have it where not all do."""
     if "sliding_window" not in ARCHITECTURES[kind]:
@@ -227,8 +179,8 @@ def _windows(
     return window, None if all(sliding) else tuple(sliding)
 
 
-def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
-    """The fields of a config.json for a model whose weights are of this dtype.
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """The fields of a config.json, but for the dtype.
 
     Of the architectures that can be this model the first in `ARCHITECTURES`.
     """
@@ -245,7 +197,6 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         "initializer_range": config.init_scale,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
-        "torch_dtype": dtype,
         # Else a default of the architecture, perhaps beyond the vocabulary.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }

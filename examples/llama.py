@@ -16,19 +16,19 @@ recipes: Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import galore_jax
 from examples import rope
 from examples.attention import causal_attention
 from examples.llama_config import ACTIVATIONS, LlamaConfig
 from examples.losses import chunked_losses, token_losses
-from examples.watching import watched
+from examples.modules import embedding, from_graph, initializer_of, linear, stacked, through
+
+__all__ = ["CONFIGS", "RECIPES", "Llama", "LlamaConfig", "create", "from_graph", "initializer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,23 +67,6 @@ RECIPES = {
     "1b": Recipe(512, 100_000, 10_000, 32),
     "7b": Recipe(1024, 150_000, 15_000, 64, learning_rate=0.005, update_proj_gap=500, clip=1.0),
 }
-
-
-def linear(
-    config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs, bias: bool = False
-) -> nnx.Linear:
-    """A kernel (inputs, outputs), whose gradient can stay in the subspace."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=bias,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=nnx.initializers.normal(config.init_scale),
-        dot_general=galore_jax.dot_general,
-        promote_dtype=galore_jax.promote_dtype,
-        rngs=rngs,
-    )
 
 
 def rms_norm(config: LlamaConfig, features: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -189,16 +172,8 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.hidden,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            embedding_init=nnx.initializers.normal(config.init_scale),
-            rngs=rngs,
-        )
-        one_per_layer = nnx.split_rngs(splits=config.layers)
-        self.blocks = one_per_layer(nnx.vmap(lambda layer_rngs: Block(config, layer_rngs)))(rngs)
+        self.embed = embedding(config, config.vocab_size, rngs)
+        self.blocks = stacked(config.layers, lambda own: Block(config, own), rngs)
         self.final_norm = rms_norm(config, config.hidden, rngs)
         if not config.tied:
             self.lm_head = linear(config, config.hidden, config.vocab_size, rngs)
@@ -216,27 +191,17 @@ class Llama(nnx.Module):
             config.rope_scaling,
             config.max_positions,
         )
-        block_def, stacked = nnx.split(self.blocks)
 
-        def block(layer, state):
+        def run(block: Block, state):
             x, index = state
-            x = nnx.merge(block_def, layer)(x, *seen_by(config, turns, index))
+            x = block(x, *seen_by(config, turns, index))
             return self.placed(x), None if index is None else index + 1
-
-        def watched_block(both, state):
-            return block(watched(*both), state)
 
         # Layers are given no more than their weights where they are updated one by one, so one
         # that differs from others goes by its number: a float, which has a gradient, zero.
         index = None if config.layers_alike else jnp.zeros([])
         state = self.placed(self.embed(tokens)), index
-        if watch is not None:
-            state = galore_jax.layerwise(watched_block, (stacked, watch), state)
-        elif config.remat:
-            state = galore_jax.layerwise(block, stacked, state)
-        else:
-            state, _ = jax.lax.scan(lambda x, p: (block(p, x), None), state, stacked)
-        return self.final_norm(state[0])
+        return self.final_norm(through(self.blocks, run, state, remat=config.remat, watch=watch)[0])
 
     def placed(self, x: jax.Array) -> jax.Array:
         """The residual stream (B, T, D), cut as its batch is, where that can be cut."""
@@ -269,29 +234,15 @@ class Llama(nnx.Module):
         return chunked_losses(x, head[...], targets, chunk=chunk, axis=axis)
 
 
-def from_graph(graph: nnx.GraphDef) -> Callable[[dict], Llama]:
-    """From parameters to the model that they belong to."""
-    return functools.partial(nnx.merge, graph)
-
-
 def create(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, dict]:
-    """A new model as its static part and a pure tree of parameters.
+    """A new model as its static part and its tree of parameters.
 
-    The tree is nested dicts of arrays: what `jax.grad`, optax and orbax like best, with clean
-    paths (`blocks/attention/q/kernel`). Call the model with `nnx.merge(graph, params)(tokens)`.
+    Call the model with `nnx.merge(graph, params)(tokens)`.
     """
     graph, init = initializer(config, seed)
     return graph, init()
 
 
 def initializer(config: LlamaConfig, seed: int) -> tuple[nnx.GraphDef, Callable[[], dict]]:
-    """What `create` gives, its parameters still to be made.
-
-    Under one `jit`, so that a stack is born stacked, on the device; or cut, inside another one.
-    """
-
-    @jax.jit
-    def init():
-        return nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(seed)), nnx.Param))
-
-    return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(seed)))), init
+    """What `create` gives, its parameters still to be made: see `modules`."""
+    return initializer_of(lambda rngs: Llama(config, rngs), seed)

@@ -15,7 +15,7 @@ from flax import nnx
 
 import galore_jax
 from examples import data as data_lib
-from examples import hf, llama, pretrain, rope, training
+from examples import hf, hf_files, llama, pretrain, rope, training
 from examples import tokenizer as bpe
 from examples.errors import UserError
 from tests.problems import once_but, run_with_devices
@@ -136,7 +136,7 @@ def test_logits_equal_transformers_both_ways(name, tmp_path):
 def test_bfloat16_in_several_files(name, tmp_path):
     model = oracle(name, "bfloat16")
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert (tmp_path / "theirs" / hf.INDEX).exists()
+    assert (tmp_path / "theirs" / hf_files.INDEX).exists()
     config, params = hf.load_hf(tmp_path / "theirs")
     assert config.param_dtype == config.dtype == "bfloat16"
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
@@ -203,7 +203,9 @@ def test_round_trip(config, dtype, tmp_path):
     params = weights(config)
     hf.save_hf(tmp_path / "one", config, params)
     hf.save_hf(tmp_path / "several", config, params, file_bytes=9_000)
-    assert [p.name for p in tmp_path.glob("*/*.safetensors") if "of" not in p.name] == [hf.WEIGHTS]
+    assert [p.name for p in tmp_path.glob("*/*.safetensors") if "of" not in p.name] == [
+        hf_files.WEIGHTS
+    ]
     for name in ("one", "several"):
         read, back = hf.load_hf(tmp_path / name)
         assert dataclasses.replace(read, kv_heads=config.kv_heads, head_dim=None) == (
@@ -265,7 +267,7 @@ def test_wrong_config(saved, tmp_path, changes, line):
 
 
 def damage(folder: pathlib.Path, kind: str) -> None:
-    path = folder / hf.WEIGHTS
+    path = folder / hf_files.WEIGHTS
     if kind == "no folder":
         for file in folder.iterdir():
             file.unlink()
@@ -292,7 +294,7 @@ def damage(folder: pathlib.Path, kind: str) -> None:
             where["lm_head.weight"] = "../part.safetensors"
         else:
             where["lm_head.weight"] = "other.safetensors"
-        (folder / hf.INDEX).write_text(json.dumps({"weight_map": where}))
+        (folder / hf_files.INDEX).write_text(json.dumps({"weight_map": where}))
 
 
 @pytest.mark.parametrize(
