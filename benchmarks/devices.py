@@ -121,10 +121,10 @@ def main(argv=None):
     mesh = jax.make_mesh((DEVICES,), ("fsdp",), axis_types=(AxisType.Auto,))
     config = llama.CONFIGS[args.model]
     params = steps.stacked(config).params
-    galore = {"rank": config.hidden // 4, "update_proj_gap": 200}
+    galore: dict[str, Any] = {"rank": config.hidden // 4, "update_proj_gap": 200}
     found = {}
     for name in args.optimizers:
-        options = galore if "rank" in optimizers.OPTIMIZERS[name].options else {}
+        options: dict[str, Any] = galore if "rank" in optimizers.OPTIMIZERS[name].options else {}
         tx = optimizers.create(name, steps.LEARNING_RATE, weight_decay=0.0, **options)
         found[name] = figures(tx, params, mesh)
         print(name, found[name], flush=True)

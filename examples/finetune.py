@@ -87,7 +87,7 @@ def setup(config: FinetuneConfig, made: Learner, seed: int, steps: int) -> Setup
         weights = lambda: factorised(jax.tree.map(jnp.asarray, made.weights(seed)))  # noqa: E731
         model_of = lambda params: made.model_of(lora.assemble(params))  # noqa: E731
         labels = jax.tree_util.tree_map_with_path(lora.label, shapes)
-    elif method.adam_rate is not None:
+    elif method.adam_rate:
         apart = lambda step: method.adam_rate * schedule(step)  # noqa: E731
         labels = jax.tree_util.tree_map_with_path(
             lambda path, _: "kernel" if is_target(path) else "other", shapes
@@ -203,11 +203,12 @@ def digest(made: Learner) -> str:
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Runs the trainings that a config describes; their figures by seed, of those that ended."""
-    folder, figures = pathlib.Path(config.run_dir), {}
+    folder, figures = pathlib.Path(config.run_dir), dict[str, Any]()
     with contextlib.ExitStack() as stack:
         stack.enter_context(runs.locked(config))
         runs.refuse_another(config)
         made = learner(config)
+        setup(config, made, config.seeds[0], steps=1)  # Refuses flags before anything is written.
         print(
             f"{pathlib.Path(config.init_from).name}: {made.about}; {len(made.train):,} examples,"
             f" {len(made.validation):,} to validate on"
@@ -225,12 +226,12 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         for seed in config.seeds:
             own = folder / f"seed-{seed}"
             if (own / runs.SUMMARY).exists():
-                figures[seed] = json.loads((own / runs.SUMMARY).read_text())
+                figures[str(seed)] = json.loads((own / runs.SUMMARY).read_text())
                 continue
             print(f"seed {seed}: {own}")
             found = train_once(config, made, seed, own, stop_asked)
             if found is not None:
-                figures[seed] = found
+                figures[str(seed)] = found
             if stop_asked():
                 break
     if len(figures) < len(config.seeds):

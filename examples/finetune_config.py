@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
-from examples import command_line, hf_config, optimizers, tasks, training
+from examples import command_line, hf_files, hf_roberta, optimizers, tasks, training
 from examples import config as config_lib
 from examples.command_line import flag
 from examples.config import Dtype
@@ -23,7 +23,7 @@ class Method(NamedTuple):
     optimizer: str  # Of optimizers.OPTIMIZERS.
     rate: float = 1.0  # Learning rate in units of that of full fine-tuning.
     shortens: bool = False  # Whether an update in a subspace is shorter than a full one.
-    adam_rate: float | None = None  # Of all else in units of the rate, where that is not Adam's.
+    adam_rate: float = 0.0  # Of all else, in units of the rate, where that is not Adam's.
 
 
 METHODS = {
@@ -166,7 +166,8 @@ def defaults(args: Sequence[str]) -> FinetuneConfig:
 
 def classifies(folder: str) -> bool:
     """Whether the checkpoint is of an encoder."""
-    return hf_config.model_type(pathlib.Path(folder)) in hf_config.ENCODERS
+    fields = hf_files.read_json(pathlib.Path(folder) / hf_files.CONFIG)
+    return fields.get("model_type") in hf_roberta.CLASSES
 
 
 def parse(args: Sequence[str]) -> FinetuneConfig:

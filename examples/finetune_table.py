@@ -50,7 +50,7 @@ def table(folders: Sequence[pathlib.Path]) -> str:
             [x[f"val_{metric}"] for x in figures], 1 if metric == "loss" else 100
         )
         for what in ("weights", "state"):
-            row[f"{what}, MB"] = f"{figures[0][f'{what}_bytes'] / 1e6:.1f}"
+            row[f"{what}, MB"] = f"{figures[0][f'{what}_bytes'] / 1e6:.4g}"
         columns += [column] * (column not in columns)
     head = ["model", "method", "rank", *columns, "weights, MB", "state, MB"]
     lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]

@@ -162,6 +162,13 @@ class Tensors:
         return params
 
 
+def dtype_of(folder: str | os.PathLike) -> str:
+    """The dtype that holds all tensors of a checkpoint."""
+    tensors = Tensors(pathlib.Path(folder))
+    names = {tensors.described(name)[1] for name in tensors.files} & set(_DTYPES)
+    return str(jnp.result_type(*(jnp.dtype(_DTYPES[name]) for name in names)))
+
+
 def refuse(left: Mapping[str, pathlib.Path]) -> None:
     """Refuses a checkpoint with tensors that no one knows, by name and file."""
     for name, path in sorted(left.items()):

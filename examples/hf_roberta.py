@@ -69,7 +69,7 @@ def config_from_hf(
     Args:
       fields: what JSON made of the file.
       source: the file, for errors.
-      labels: how many the head is to have; without, those that it has.
+      labels: how many the head is to have; without, those that it has, or two.
 
     Raises:
       UserError: a field is missing, of no known name, or of a value that the model has no place
@@ -118,12 +118,7 @@ def _labels(
 ) -> tuple[int, tuple[str, ...] | None]:
     """How many labels there are, and their names if they have any of their own."""
     if not with_head:
-        if wanted is None:
-            raise UserError(
-                f"{given.source}: it is of a model without a classifier. Say how many labels the"
-                " new one shall have."
-            )
-        return wanted, None
+        return 2 if wanted is None else wanted, None
     by_id = given.take("id2label", dict, {})
     # A model of two labels need not name them.
     count = given.take("num_labels", int, len(by_id) or 2, smallest=1)
@@ -210,6 +205,11 @@ def load_hf(
     """
     folder = pathlib.Path(folder)
     (config, with_head), tensors = read_config(folder, labels), hf_files.Tensors(folder)
+    if labels is None and not with_head:
+        raise UserError(
+            f"{folder / CONFIG}: it is of a model without a classifier. Say how many labels the"
+            " new one shall have."
+        )
     leaves = [leaf for leaf in _leaves(config) if with_head or leaf.path[0] != "classifier"]
     dtype, left = tensors.check(leaves)
     hf_files.refuse({name: path for name, path in left.items() if name not in _DROPPED})

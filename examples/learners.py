@@ -11,7 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples import hf, hf_roberta, instructions, llama, padding, records, roberta, tasks, training
+from examples import (
+    hf,
+    hf_files,
+    hf_roberta,
+    instructions,
+    llama,
+    padding,
+    records,
+    roberta,
+    tasks,
+    training,
+)
 from examples import tokenizer as bpe
 from examples.errors import UserError
 from examples.finetune_config import FinetuneConfig, classifies
@@ -57,7 +68,8 @@ def learner(config: FinetuneConfig) -> Learner:
 
 def _classification(config: FinetuneConfig) -> Learner:
     given = {name: getattr(config, name) for name in ("columns", "label")}
-    base = hf_roberta.read_config(config.init_from)
+    # How many labels there are the rows will say.
+    base, _ = hf_roberta.read_config(config.init_from, labels=None)
     longest = min(config.max_length, base.max_length)
     tokenizer = bpe.of_checkpoint(config.tokenizer or config.init_from, base.vocab_size).tokenizer
     rows = tasks.load(
@@ -80,7 +92,7 @@ def _classification(config: FinetuneConfig) -> Learner:
     drops = any((base.dropout, base.attention_dropout, model_config.head_dropout))
     collate = tasks.collate(base.pad_id)
 
-    def row_losses(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def row_losses(outputs: Any, targets: Any) -> jax.Array:
         if regression:
             return jnp.square(outputs[:, 0] - targets)
         return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, targets)
@@ -108,12 +120,12 @@ def _classification(config: FinetuneConfig) -> Learner:
         return evaluate
 
     def weights(seed: int) -> dict:
-        return hf_roberta.load(
+        return hf_roberta.load_hf(
             config.init_from, model_config.param_dtype, labels=len(task.labels), seed=seed
         )[1]
 
     def save(folder: pathlib.Path, params: dict) -> None:
-        hf_roberta.save(folder, model_config, params)
+        hf_roberta.save_hf(folder, model_config, params)
         _copy_tokenizer(config, folder)
 
     return Learner(
@@ -194,7 +206,7 @@ def _answers(config: FinetuneConfig) -> Learner:
 
 def _in_formats(model: Any, config: FinetuneConfig) -> Any:
     """The model's shape, in the formats of the run."""
-    dtype = config.param_dtype or hf.dtype_of(config.init_from)
+    dtype = config.param_dtype or hf_files.dtype_of(config.init_from)
     remat = config.remat or config.tier == "layerwise"
     return dataclasses.replace(model, param_dtype=dtype, dtype=dtype, remat=remat)
 

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 
 def fresh(w: jax.Array, rank: int | float, key: jax.Array) -> dict[str, jax.Array]:
     """Factors whose product is zero; below 1 the rank is a share of the smaller side."""
-    if rank < 1:
-        rank = max(1, round(rank * min(w.shape[-2:])))
+    rank = int(rank) if rank >= 1 else max(1, round(rank * min(w.shape[-2:])))
     a = jax.random.normal(key, (*w.shape[:-1], rank), w.dtype) * w.shape[-2] ** -0.5
     return {"a": a, "b": jnp.zeros((*w.shape[:-2], rank, w.shape[-1]), w.dtype)}
 

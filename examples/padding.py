@@ -26,10 +26,9 @@ class Example(NamedTuple):
 
 
 def common_length(rows: Sequence[Example], longest: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, ... but no more than the longest that there may be."""
+    """The next of 16, 32, 64, ... but no more than the longest that there may be."""
     length = max(len(row.ids) for row in rows)
-    power = 1 << max(3, (length - 1).bit_length())
-    return min(longest, power * 3 // 4 if length <= power * 3 // 4 and power > 8 else power)
+    return min(longest, max(16, 1 << (length - 1).bit_length()))
 
 
 def padded(rows: Sequence[np.ndarray], length: int, count: int, fill: Any) -> np.ndarray:
@@ -61,14 +60,14 @@ class Batches:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        rows = [self.examples[i] for i in self.indices(step)]
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rows = [self.examples[i] for i in self.rows(index)]
         batch = self.collate(rows, common_length(rows, self.longest), len(rows))
         # For what is random in a step, such as dropout.
-        seeds = np.random.default_rng((self.seed, step)).integers(2**31, size=len(rows))
+        seeds = np.random.default_rng((self.seed, index)).integers(2**31, size=len(rows))
         return batch | {"seed": seeds.astype(np.int32)}
 
-    def indices(self, step: int) -> np.ndarray:
+    def rows(self, step: int) -> np.ndarray:
         """Which examples a step sees."""
         epoch, place = divmod(step, self.each_epoch)
         if self._last is None or self._last[0] != epoch:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 import tokenizers
+from jax.scipy.stats import rankdata
 
 from examples import records
 from examples.errors import UserError
@@ -67,12 +67,12 @@ def pearson(predicted: np.ndarray, wanted: np.ndarray) -> float:
     """Correlation, 0 where one of them is constant; of two classes it is Matthews'."""
     if np.ptp(predicted) == 0 or np.ptp(wanted) == 0:
         return 0.0
-    return float(scipy.stats.pearsonr(predicted.astype(float), wanted.astype(float))[0])
+    return float(np.corrcoef(predicted, wanted)[0, 1])
 
 
 def spearman(predicted: np.ndarray, wanted: np.ndarray) -> float:
     """Correlation of the ranks, 0 where one of them is constant."""
-    return pearson(scipy.stats.rankdata(predicted), scipy.stats.rankdata(wanted))
+    return pearson(*(np.asarray(rankdata(x)) for x in (predicted, wanted)))
 
 
 # Of which `scores` tells, the more the better.
@@ -191,7 +191,8 @@ def encoder(tokenizer: tokenizers.Tokenizer, max_length: int) -> Callable:
     tokenizer.enable_truncation(max_length)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        return np.array(tokenizer.encode(*texts).ids, np.int32)
+        first, *second = texts
+        return np.array(tokenizer.encode(first, second[0] if second else None).ids, np.int32)
 
     return encode
 

@@ -42,14 +42,16 @@ def cache_key(documents: Iterable[str], vocab_size: int) -> str:
     return digest("\n".join(parts))[:20]
 
 
-def train(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A new tokenizer of `vocab_size` ids, the end of text among them."""
+def train(
+    documents: Iterable[str], vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)
+) -> tokenizers.Tokenizer:
+    """A new tokenizer of `vocab_size` ids, of which the first are the special ones."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import low_rank
-from examples import llama, optimizers, training
+from examples import llama, lora, optimizers, training
 from tests.small_run import SMALL
 
 RANK = 4
