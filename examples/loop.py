@@ -82,9 +82,10 @@ def take_steps(
             check_finite(plan, rows)
             if last or eval_due:
                 rows[-1] |= evaluate(state["params"], last)
+                asked = asked or stop_asked()  # As by what was seen there.
             runs.append_metrics(folder, rows)
             saver.seal_finished()
-            if save_due:
+            if save_due or asked:
                 saver.save(done, state)
                 runs.plot_loss(folder, plan.title, plan.loss)
             bar.update(len(rows))

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from benchmarks.finetune import SPECIAL, write_model
+from examples import config as config_lib
 from examples import (
     finetune,
     finetune_config,
@@ -25,7 +26,6 @@ from examples import (
     runs,
     tasks,
 )
-from examples import config as config_lib
 from examples import tokenizer as bpe
 from examples.errors import UserError
 from examples.llama_config import LlamaConfig
