@@ -190,27 +190,28 @@ def test_padding_changes_nothing():
 def test_a_row_of_padding_alone_is_finite():
     tokens, mask = texts(SMALL)
     tokens[2], mask[2] = SMALL.pad_id, False
-    model_of = roberta.from_graph(roberta.initializer(SMALL, 0)[0])
     params = jax.tree.map(jnp.asarray, weights(SMALL))
-    for key in (None, jax.random.key(0, impl="unsafe_rbg")):
-        gradient = jax.grad(lambda p, key: jnp.sum(model_of(p)(tokens, mask, key) ** 2))
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.jit(gradient)(params, key)))
+    assert np.isfinite(logits(SMALL, params, tokens, mask)).all()
+    # Where weights are dropped the softmax is ours.
+    model_of = roberta.from_graph(roberta.initializer(SMALL, 0)[0])
+    gradient = jax.grad(lambda p, key: jnp.sum(model_of(p)(tokens, mask, key) ** 2))
+    gradient = jax.jit(gradient)(params, jax.random.key(0))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
 def test_long_texts_go_by_blocks_of_queries():
-    q, k, v = (
-        jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (2, 261, 2, 3))
-        for i in range(3)
-    )
-    mask = jnp.arange(261) < jnp.array([[261], [97]])
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 261, 2, 3)).astype(np.float32) for _ in range(3))
+    mask = np.arange(261) < np.array([[261], [97]])
+    attend = jax.jit(masked_attention, static_argnums=4)
     expected = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])
-    np.testing.assert_allclose(masked_attention(q, k, v, mask), expected, atol=1e-5)
-    few = masked_attention(q, k, v, mask, 1e-6, jax.random.key(0))  # Which drops nothing.
+    np.testing.assert_allclose(attend(q, k, v, mask), expected, atol=1e-5)
+    few = attend(q, k, v, mask, 1e-6, jax.random.key(0))  # Which drops nothing.
     np.testing.assert_allclose(few, expected, atol=1e-5)
     # No two blocks drop the same: their queries here are the same.
-    same = jnp.broadcast_to(q[:, :1], q.shape)
-    out = masked_attention(same, k, v, mask, 0.5, jax.random.key(0))
-    assert np.abs(out[:, :131] - out[:, 130:]).max(axis=(0, 2, 3)).min() > 0.01
+    same = np.broadcast_to(q[:, :1], q.shape)
+    out = np.asarray(attend(same, k, v, mask, 0.5, jax.random.key(0)))
+    assert np.abs(out[:, :130] - out[:, 131:]).max(axis=(0, 2, 3)).min() > 0.01
 
 
 def test_dropout_keeps_the_mean():
@@ -298,10 +299,12 @@ def test_only_kernels_of_the_blocks_are_projected():
     assert {row.path for row in rows if row.projector} == kernels and len(kernels) == 6
 
 
+@pytest.mark.slow
 def test_tiers_are_one():
     """With dropout, whose masks the backward pass of each tier has to make again."""
     tokens, mask = texts(SMALL)
-    ends = {}
+    params = jax.tree.map(jnp.asarray, weights(SMALL))
+    begun, ends = (params, jax.jit(TX.init)(params)), {}
     for tier in ("full", "subspace", "layerwise"):
         config = dataclasses.replace(SMALL, remat=tier == "layerwise")
         model_of = roberta.from_graph(roberta.initializer(config, 0)[0])
@@ -321,10 +324,9 @@ def test_tiers_are_one():
             updates, state = TX.update(grads, state, params)
             return loss, galore_jax.apply_updates(params, updates), state
 
-        params, step = jax.tree.map(jnp.asarray, weights(SMALL)), jax.jit(step)
-        state, losses = TX.init(params), []
+        (params, state), losses = begun, []
         for i in range(2):
-            loss, params, state = step(params, state, jax.random.key(i, impl="unsafe_rbg"))
+            loss, params, state = jax.jit(step)(params, state, jax.random.key(i))
             losses.append(loss)
         ends[tier] = params, losses
     for tier in ("subspace", "layerwise"):
@@ -333,13 +335,14 @@ def test_tiers_are_one():
         )
 
 
+@pytest.mark.slow
 def test_the_norm_is_seen_layer_by_layer():
-    given, key = texts(SMALL), jax.random.key(0, impl="unsafe_rbg")
+    given = texts(SMALL)
     model_of = roberta.from_graph(roberta.initializer(SMALL, 0)[0])
     params = jax.tree.map(jnp.asarray, weights(SMALL))
 
     def loss_fn(params, watch=None):
-        return jnp.mean(jnp.square(model_of(params)(*given, key, watch)))
+        return jnp.mean(jnp.square(model_of(params)(*given, None, watch)))
 
     squares = jax.jit(jax.grad(loss_fn, argnums=1))(params, jnp.zeros(SMALL.layers))
     blocks = jax.jit(jax.grad(loss_fn))(params)["blocks"]
@@ -420,7 +423,7 @@ def test_what_is_left_behind(saved, tmp_path):
         (
             {"problem_type": "multi_label_classification"},
             {},
-            "'multi_label_classification', and of 3",
+            "is 'multi_label_classification', and",
         ),
         (MASKED_LM, {}, "tensor classifier.dense.bias has no place"),
         ({}, HEAD, "tensor classifier.dense.bias is missing"),
