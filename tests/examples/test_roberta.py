@@ -324,9 +324,9 @@ def test_tiers_are_one():
             updates, state = TX.update(grads, state, params)
             return loss, galore_jax.apply_updates(params, updates), state
 
-        (params, state), losses = begun, []
+        (params, state), losses, step = begun, [], jax.jit(step)
         for i in range(2):
-            loss, params, state = jax.jit(step)(params, state, jax.random.key(i))
+            loss, params, state = step(params, state, jax.random.key(i))
             losses.append(loss)
         ends[tier] = params, losses
     for tier in ("subspace", "layerwise"):
