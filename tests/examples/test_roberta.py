@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import galore_jax
 from examples import attention, hf_files, hf_roberta, roberta
@@ -19,8 +20,6 @@ from examples.errors import UserError
 from examples.optimizers import is_kernel
 from examples.roberta_config import RobertaConfig
 from tests.problems import once_but
-
-pytest.importorskip("safetensors.numpy")
 
 SMALL = RobertaConfig(
     **{"vocab_size": 61, "hidden": 24, "intermediate": 35, "heads": 3, "layers": 3},
@@ -376,7 +375,6 @@ def test_round_trip(dtype, tmp_path):
 
 def changed(saved: pathlib.Path, folder: pathlib.Path, fields: dict, tensors: dict) -> None:
     """A copy with other fields and tensors; None takes one away."""
-    from safetensors.numpy import load_file, save_file
 
     def merged(old, new):
         return {k: v for k, v in (old | new).items() if v is not None}
