@@ -100,8 +100,8 @@ def config_from_hf(
         "activation": given.activation("gelu"),
         "labels": labels,
         "label_names": names,
-        "dropout": given.take("hidden_dropout_prob", float, 0.1),
-        "attention_dropout": given.take("attention_probs_dropout_prob", float, 0.1),
+        "dropout": float(given.take("hidden_dropout_prob", float, 0.1)),
+        "attention_dropout": float(given.take("attention_probs_dropout_prob", float, 0.1)),
         "classifier_dropout": given.take("classifier_dropout", float, None),
         "init_scale": float(given.take("initializer_range", float, 0.02)),
         "model_type": kind,
@@ -122,7 +122,9 @@ def _labels(
     by_id = given.take("id2label", dict, {})
     # A model of two labels need not name them.
     count = given.take("num_labels", int, len(by_id) or 2, smallest=1)
-    if by_id and set(by_id) != {str(i) for i in range(count)}:
+    names = tuple(by_id.get(str(i)) for i in range(len(by_id)))
+    named = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    if by_id and (len(by_id) != count or not named):
         raise given.refuse("id2label", f"is {by_id!r}, not of the labels 0 to {count - 1}")
     if wanted not in (None, count):
         raise UserError(
@@ -134,7 +136,6 @@ def _labels(
         raise given.refuse(
             "problem_type", f"is {kind!r}, and of {count} labels {_problem(count)!r}"
         )
-    names = tuple(by_id[str(i)] for i in range(len(by_id)))
     return count, None if names in ((), _unnamed(count)) else names
 
 
