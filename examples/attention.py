@@ -1,5 +1,7 @@
 """Causal attention, over all positions before or those of a window, in blocks of queries."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -7,22 +9,43 @@ import jax.numpy as jnp
 _QUERIES = 256
 
 
+class Cache(NamedTuple):
+    """Keys and values of a text so far, and room for what follows; keys are turned already."""
+
+    keys: jax.Array  # (L, B, T, K, C); in a layer (B, T, K, C).
+    values: jax.Array
+    length: jax.Array  # Positions that are filled.
+
+    def extended(self, keys: jax.Array, values: jax.Array) -> "Cache":
+        """With those of the positions that follow."""
+        both = zip(self[:2], (keys, values), strict=True)
+        put = jax.lax.dynamic_update_slice_in_dim
+        filled = (put(old, new, self.length, axis=-3) for old, new in both)
+        return Cache(*filled, self.length + keys.shape[-3])
+
+
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | jax.Array | None = None,
+    first: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention for q (B, T, H, C) and k, v (B, T, K, C), without T x T scores at once.
 
     A long sequence's queries are taken in blocks, whose scores the backward pass computes again.
-    With a `window` a query sees that many positions, its own the last; it may be a tracer.
+    With a `window` a query sees that many positions, its own the last; it may be a tracer. Keys may
+    be more than queries, of which the `first` then says its position.
     """
     time = q.shape[1]
 
     def seen(queries: jax.Array) -> jax.Array:
-        past, keys = queries[:, None] >= jnp.arange(time), jnp.arange(time)
+        queries = queries if first is None else first + queries
+        past, keys = queries[:, None] >= jnp.arange(k.shape[1]), jnp.arange(k.shape[1])
         return past if window is None else past & (queries[:, None] - keys < window)
 
     if time <= _QUERIES:
-        if window is None:
+        if window is None and first is None:
             return jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return jax.nn.dot_product_attention(q, k, v, mask=seen(jnp.arange(time))[None, None])
     count = -(-time // _QUERIES)
@@ -31,8 +54,8 @@ def causal_attention(
     blocks = padded.reshape(q.shape[0], count, size, *q.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def attend(first, q):
-        mask = seen(first + jnp.arange(size))[None, None]
+    def attend(start, q):
+        mask = seen(start + jnp.arange(size))[None, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
     out = jax.lax.map(lambda block: attend(*block), (jnp.arange(count) * size, blocks))
