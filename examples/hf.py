@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from examples import llama
 from examples.errors import UserError
-from examples.files import disk_errors
+from examples.files import disk_errors, read_json
 from examples.hf_config import config_from_hf, config_to_hf
 from examples.llama_config import LlamaConfig
 
@@ -75,19 +75,7 @@ def _leaves(config: LlamaConfig) -> Iterator[_Leaf]:
 def read_config(folder: str | os.PathLike) -> LlamaConfig:
     """The shape of the model in a folder, from its config.json."""
     path = pathlib.Path(folder) / CONFIG
-    return config_from_hf(_read_json(path), str(path))
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object.")
-    return found
+    return config_from_hf(read_json(path), str(path))
 
 
 class _Tensors:
@@ -100,7 +88,7 @@ class _Tensors:
             with self._opened(whole) as file:
                 self.files = dict.fromkeys(file.keys(), whole)
             return
-        files = _read_json(index).get("weight_map")
+        files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise UserError(f"{index}: it has no weight_map.")
         for name, file in files.items():
