@@ -18,10 +18,12 @@ class Cache(NamedTuple):
 
     def extended(self, keys: jax.Array, values: jax.Array) -> "Cache":
         """With those of the positions that follow."""
-        both = zip(self[:2], (keys, values), strict=True)
-        put = jax.lax.dynamic_update_slice_in_dim
-        filled = (put(old, new, self.length, axis=-3) for old, new in both)
-        return Cache(*filled, self.length + keys.shape[-3])
+
+        def filled(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, self.length, axis=-3)
+
+        length = self.length + keys.shape[-3]
+        return Cache(filled(self.keys, keys), filled(self.values, values), length)
 
 
 def causal_attention(
