@@ -98,24 +98,83 @@ def position(folder: pathlib.Path, step: int) -> dict:
     return json.loads(path.read_text())
 
 
-def choose(folder: pathlib.Path) -> int | None:
-    """The step of the newest sound checkpoint, None of a run that has none yet.
+def newest_sound(folder: pathlib.Path) -> tuple[int | None, dict[int, str]]:
+    """The step of the newest sound checkpoint if there is one, and what is wrong with later ones.
 
-    Damaged ones after it are put aside: orbax would go by them, and their steps are taken again.
+    It changes nothing in the folder, where a training may be at work.
     """
     faults = {}
     for step in sorted(finished(folder) | sealed(folder), reverse=True):
         fault = damage(folder, step)
         if fault is None:
-            _put_aside(folder, faults, step)
-            return step
+            return step, faults
         faults[step] = fault
-    if not faults:
-        return None
+    return None, faults
+
+
+def none_sound(folder: pathlib.Path, given_as: str, faults: dict[int, str]) -> UserError:
+    """The error that no checkpoint is sound, of a folder that was given somehow."""
     what = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
-    raise UserError(
-        f"--resume: no checkpoint in {str(folder)!r} is sound ({what}). Bring one back from a"
+    return UserError(
+        f"{given_as}: no checkpoint in {str(folder)!r} is sound ({what}). Bring one back from a"
         " copy, or start a new run."
+    )
+
+
+def choose(folder: pathlib.Path) -> int | None:
+    """The step of the newest sound checkpoint, None of a run that has none yet.
+
+    Damaged ones after it are put aside: orbax would go by them, and their steps are taken again.
+    """
+    step, faults = newest_sound(folder)
+    if step is not None:
+        _put_aside(folder, faults, step)
+    elif faults:
+        raise none_sound(folder, "--resume", faults)
+    return step
+
+
+def read_params(folder: pathlib.Path, shapes: dict) -> dict:
+    """The parameters of a run's newest sound checkpoint, without the optimizer's state.
+
+    Neither is anything in the folder changed nor a lock taken: a training may be at work there.
+
+    Args:
+      folder: the run's, given on the command line.
+      shapes: of the parameters, from `jax.eval_shape`.
+    """
+    step, faults = newest_sound(folder)
+    if step is None:
+        if faults:
+            raise none_sound(folder, "FOLDER", faults)
+        raise UserError(f"FOLDER: {str(folder)!r} has no checkpoint yet. Wait for its first one.")
+    where, wanted = folder / CHECKPOINTS / str(step) / "state", {"params": _placed(shapes)}
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.restore(
+                where.resolve(),
+                args=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:  # There are many kinds.
+        raise UserError(
+            f"FOLDER: {str(where)!r} does not load as the model of its run"
+            f" ({str(error).splitlines()[0]}). If the run is at work, give the command again."
+        ) from error
+    return found["params"]
+
+
+def _placed(shapes: Any) -> Any:
+    """Shapes with the first device where they have no sharding.
+
+    Without one orbax would ask for the devices that wrote the checkpoint.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), shapes
     )
 
 
@@ -197,17 +256,11 @@ class Checkpoints:
             does orbax give back the optimizer's own types. With shardings, on a mesh; whatever
             devices wrote the checkpoint.
         """
-        # Without a sharding orbax would ask for the devices that wrote the checkpoint.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract_state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here),
-            abstract_state,
-        )
         checked = step in sealed(self.folder)
         try:
             restored = self._manager.restore(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(_placed(abstract_state))),
             )
             self.data.set_state(position(self.folder, step))
         except Exception as error:

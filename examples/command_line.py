@@ -63,6 +63,8 @@ def check(config: Config) -> None:
             f"--warmup {config.warmup} leaves none of --steps {config.steps}. Give a smaller"
             " --warmup."
         )
+    if config.prompt == "":
+        raise UserError("--prompt is empty: give the beginning of a text, or leave it out.")
     _check_taken(config)
     _check_devices(config)
     size = hf.read_config(config.init_from).vocab_size if config.init_from else config.vocab_size

@@ -139,10 +139,10 @@ class Config:
     skip_nonfinite: int = 0
     """Skip steps whose loss or gradient is not finite, and stop at this many in a row; 0 stops at
     a loss that is not finite. Keeps nothing twice; layerwise takes --clip's second backward pass"""
-    prompt: str = "def "
-    """Beginning of the sample text."""
+    prompt: str | None = None
+    """Beginning of the sample text; by default that of a validation document."""
     sample_tokens: int = 120
-    """Length of the sample text; 0 for none."""
+    """Most tokens of the sample text; 0 for none."""
 
 
 # What a resumed run may do differently: nothing that would change a step already planned, but

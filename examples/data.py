@@ -35,9 +35,17 @@ class Data:
     """What a trainer needs: the tokenizer, training batches, the validation stream."""
 
     tokenizer: tokenizers.Tokenizer
+    end: int  # The id between documents.
     train: grain.IterDataset  # Of int32 (batch_size, seq_len + 1).
     validation: np.ndarray  # Token ids (tokens,).
     sequences: int | None  # In one epoch; None where a streamed dataset does not say.
+
+    def opening(self, count: int = 8) -> list[int]:
+        """The first tokens of the first validation document that has any."""
+        begin = np.argmax(self.validation != self.end)
+        document = self.validation[begin : begin + count].tolist()
+        # Where all documents are empty, the end of one: a model then begins another.
+        return document[: document.index(self.end) or 1] if self.end in document else document
 
 
 def read_text(path: pathlib.Path) -> str | None:
@@ -218,7 +226,7 @@ def load(
             paths[0], vocab_size, seq_len, batch_size, seed, cache, share, vocabulary
         )
     train, validation = split_documents(read_documents(paths) if paths else stdlib_documents())
-    tokenizer, end = vocabulary or (bpe.cached(train, vocab_size, cache), None)
+    tokenizer, end = vocabulary or bpe.own(bpe.cached(train, vocab_size, cache))
     train_tokens = bpe.encode_all(tokenizer, train, end)
     validation_tokens = bpe.encode_all(tokenizer, validation, end)
     check_length(train_tokens, seq_len, "training")
@@ -226,6 +234,7 @@ def load(
         raise UserError("--data: the validation text is empty. Give more text.")
     return Data(
         tokenizer=tokenizer,
+        end=end,
         train=batches(train_tokens, seq_len, batch_size, seed, share),
         validation=validation_tokens,
         sequences=len(Sequences(train_tokens, seq_len)),

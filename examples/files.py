@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from examples.errors import UserError
 
@@ -30,6 +32,19 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The fields of a file of JSON that is not ours; what is wrong with it is a `UserError`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object.")
+    return found
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from examples import config as config_lib
 from examples.command_line import flag
 from examples.config import Dtype
 from examples.errors import UserError
+from examples.files import read_json
 
 
 class Method(NamedTuple):
@@ -166,7 +167,7 @@ def defaults(args: Sequence[str]) -> FinetuneConfig:
 
 def classifies(folder: str) -> bool:
     """Whether the checkpoint is of an encoder."""
-    fields = hf_files.read_json(pathlib.Path(folder) / hf_files.CONFIG)
+    fields = read_json(pathlib.Path(folder) / hf_files.CONFIG)
     return fields.get("model_type") in hf_roberta.CLASSES
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from examples import hf_files, llama
 from examples.errors import UserError
+from examples.files import read_json
 from examples.hf_config import config_from_hf, config_to_hf
 from examples.hf_files import CONFIG, FILE_BYTES, Leaf
 from examples.llama_config import LlamaConfig
@@ -40,7 +41,7 @@ def _leaves(config: LlamaConfig) -> list[Leaf]:
 def read_config(folder: str | os.PathLike) -> LlamaConfig:
     """The shape of the model in a folder, from its config.json."""
     path = pathlib.Path(folder) / CONFIG
-    return config_from_hf(hf_files.read_json(path), str(path))
+    return config_from_hf(read_json(path), str(path))
 
 
 def load_hf(

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from examples.errors import UserError
-from examples.files import disk_errors
+from examples.files import disk_errors, read_json
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 FILE_BYTES = 2 * 10**9  # Of a file at most, where `save` writes several.
@@ -61,19 +61,6 @@ def leaves_of(params: Any, modules: Mapping[str, str]) -> list[Leaf]:
         names = [name.format(i) for i in range(x.shape[0] if stacked else 1)]
         leaves.append(Leaf(keys, x.shape, names, stacked, keys[-1] == "kernel"))
     return leaves
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object.")
-    return found
 
 
 class Tensors:

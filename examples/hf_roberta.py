@@ -16,6 +16,7 @@ from flax import nnx
 
 from examples import hf_fields, hf_files, roberta
 from examples.errors import UserError
+from examples.files import read_json
 from examples.hf_fields import Fields
 from examples.hf_files import CONFIG, FILE_BYTES, Leaf
 from examples.roberta_config import RobertaConfig
@@ -180,7 +181,7 @@ def _leaves(config: RobertaConfig) -> list[Leaf]:
 def read_config(folder: str | os.PathLike, labels: int | None = None) -> tuple[RobertaConfig, bool]:
     """The shape of the model in a folder, and whether it has a head: see `config_from_hf`."""
     path = pathlib.Path(folder) / CONFIG
-    return config_from_hf(hf_files.read_json(path), str(path), labels)
+    return config_from_hf(read_json(path), str(path), labels)
 
 
 def load_hf(

@@ -17,13 +17,14 @@ recipes: Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from examples import rope
-from examples.attention import causal_attention
+from examples.attention import Cache, causal_attention
 from examples.llama_config import ACTIVATIONS, LlamaConfig
 from examples.losses import chunked_losses, token_losses
 from examples.modules import embedding, from_graph, initializer_of, linear, stacked, through
@@ -102,12 +103,27 @@ class Attention(nnx.Module):
         window: int | jax.Array | None = None,
     ) -> jax.Array:
         """Mixes x (B, T, D) over time; cos and sin are (T, C/2)."""
+        return self.extend(x, cos, sin, window)[0]
+
+    def extend(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        window: int | jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The same, and x's keys and values (B, T, K, C); x may follow what is in a cache."""
         by_head = (*x.shape[:2], -1, self.head_dim)  # (B, T, H or K, C)
         q, k, v = (project(x).reshape(by_head) for project in (self.q, self.k, self.v))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        out = causal_attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, window)
-        return self.o(out.reshape(*x.shape[:2], -1))
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        new, first = (k, v), None
+        if cache is not None:
+            (k, v, _), first = cache.extended(k, v), cache.length
+        out = causal_attention(q, k, v, window, first)
+        return self.o(out.reshape(*x.shape[:2], -1)), new
 
 
 class MLP(nnx.Module):
@@ -141,8 +157,13 @@ class Block(nnx.Module):
         window: int | jax.Array | None = None,
     ) -> jax.Array:
         """The residual stream (B, T, D) after this layer."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, window)
-        return x + self.mlp(self.mlp_norm(x))
+        return self.extend(x, cos, sin, window)[0]
+
+    def extend(self, x: jax.Array, *seen: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The same, and what `Attention.extend` gives beside."""
+        mixed, new = self.attention.extend(self.attention_norm(x), *seen)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), new
 
 
 def seen_by(
@@ -162,8 +183,7 @@ def seen_by(
     if (rotated := flag(config.rope_layers)) is not True:
         cos, sin = jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0)
     if window is not None and (sliding := flag(config.sliding_layers)) is not True:
-        # Of a query all positions are nearer than all positions there are.
-        window = jnp.where(sliding, window, cos.shape[0])
+        window = jnp.where(sliding, window, 2**30)  # Of a query all positions are nearer.
     return cos, sin, window
 
 
@@ -183,14 +203,7 @@ class Llama(nnx.Module):
 
         With a `watch` (L,) each layer's weights are `watched`.
         """
-        config, time = self.config, tokens.shape[1]
-        turns = rope.rotary(
-            jnp.arange(time),
-            config.head_size,
-            config.rope_theta,
-            config.rope_scaling,
-            config.max_positions,
-        )
+        config, turns = self.config, self.turns(jnp.arange(tokens.shape[1]))
 
         def run(block: Block, state):
             x, index = state
@@ -202,6 +215,45 @@ class Llama(nnx.Module):
         index = None if config.layers_alike else jnp.zeros([])
         state = self.placed(self.embed(tokens)), index
         return self.final_norm(through(self.blocks, run, state, remat=config.remat, watch=watch)[0])
+
+    def turns(self, positions: jax.Array, time: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines (T, C/2) of positions (T,), see `rope.rotary`."""
+        config = self.config
+        return rope.rotary(
+            positions,
+            config.head_size,
+            config.rope_theta,
+            config.rope_scaling,
+            config.max_positions,
+            time,
+        )
+
+    def empty_cache(self, batch: int, time: int) -> Cache:
+        """Room for `batch` texts of `time` tokens."""
+        config = self.config
+        shape = (config.layers, batch, time, config.num_kv_heads, config.head_size)
+        keys, values = (jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in range(2))
+        return Cache(keys, values, jnp.zeros([], jnp.int32))
+
+    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """What `hidden` is of tokens (B, T) that follow those in the cache, and all in a cache.
+
+        A `rope.Dynamic` goes by the length that the cache has room for: keys that each had been
+        turned by the length at their time would not be at their distances from each other.
+        """
+        config, first = self.config, cache.length
+        turns = self.turns(first + jnp.arange(tokens.shape[1]), cache.keys.shape[2])
+        block_def, weights = nnx.split(self.blocks)
+
+        def block(x, of_layer):
+            layer, keys, values, index = of_layer
+            here = Cache(keys, values, first)
+            return nnx.merge(block_def, layer).extend(x, *seen_by(config, turns, index), here)
+
+        # Of a layer's cache the loop gives back no more than what is new: the rest stays in place.
+        layers = weights, cache.keys, cache.values, jnp.arange(config.layers)
+        x, new = jax.lax.scan(block, self.placed(self.embed(tokens)), layers)
+        return self.final_norm(x), cache.extended(*new)
 
     def placed(self, x: jax.Array) -> jax.Array:
         """The residual stream (B, T, D), cut as its batch is, where that can be cut."""

@@ -224,13 +224,14 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
         runs.save_summary(folder, figures)
         print(", ".join(f"{key} {value:.6g}" for key, value in figures.items()))
         if config.sample_tokens:
+            given = config.prompt
             text = sampling.sample_text(
                 model_of,
                 state["params"],
                 data.tokenizer,
-                config.prompt,
+                bpe.encode(data.tokenizer, given)[:-1] if given else data.opening(),
                 count=config.sample_tokens,
-                window=config.seq_len,
+                ends=(data.end,),
                 seed=config.seed,
             )
             print(f"sample:\n{text}")

@@ -113,6 +113,7 @@ def rotary(
     theta: float,
     scaling: Scaling | None = None,
     length: int = 2048,
+    time: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation angles, float32 (T, C/2), for positions (T,).
 
@@ -122,10 +123,11 @@ def rotary(
       theta: the slowest pair takes about this many radians.
       scaling: how the model is stretched.
       length: positions that it was trained for, or stretched to, as its scaling takes it.
+      time: tokens that the text has, or will have; by default those of `positions`.
     """
     speeds, amplitude = frequencies(head_dim, theta), None
     if scaling is not None:
-        speeds = scaling(head_dim, theta, length, positions.shape[0])
+        speeds = scaling(head_dim, theta, length, time or positions.shape[0])
         amplitude = scaling.amplitude(length) if isinstance(scaling, Yarn) else None
     angles = positions.astype(jnp.float32)[:, None] * speeds
     cos, sin = jnp.cos(angles), jnp.sin(angles)

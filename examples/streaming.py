@@ -136,9 +136,8 @@ def load(
 ) -> data_lib.Data:
     """`data.load` for a streamed dataset, of which each process reads all and keeps its share."""
     train, validation = open_dataset(name)
-    tokenizer, end = vocabulary or (
-        bpe.cached(list(texts(train, TOKENIZER_DOCUMENTS)), vocab_size, cache),
-        None,
+    tokenizer, end = vocabulary or bpe.own(
+        bpe.cached(list(texts(train, TOKENIZER_DOCUMENTS)), vocab_size, cache)
     )
     held_out = bpe.encode_all(tokenizer, list(texts(validation, VALIDATION_DOCUMENTS)), end)
     if len(held_out) < 2:
@@ -155,6 +154,7 @@ def load(
         train_batches = train_batches.map(lambda batch: batch[rows])
     return data_lib.Data(
         tokenizer=tokenizer,
+        end=end,
         train=train_batches,
         validation=held_out,
         sequences=None,

@@ -6,18 +6,17 @@ new tokenizer instead of reading a stale one.
 """
 
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from examples.errors import UserError
-from examples.files import disk_errors, write_atomically
+from examples.files import disk_errors, read_json, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # Every byte, and the end of text.
@@ -79,28 +78,44 @@ def end_of_text(tokenizer: tokenizers.Tokenizer) -> int:
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer that was made elsewhere, and its id between documents."""
+    """A tokenizer, and its id between documents."""
 
     tokenizer: tokenizers.Tokenizer
     end: int
 
 
-def of_checkpoint(folder: str, vocab_size: int) -> Vocabulary:
-    """The tokenizer beside a Hugging Face model, which ends documents as its config says."""
+def own(tokenizer: tokenizers.Tokenizer) -> Vocabulary:
+    """Of a tokenizer that was trained here."""
+    return Vocabulary(tokenizer, end_of_text(tokenizer))
+
+
+def read(folder: str | os.PathLike, given_as: str = "") -> tokenizers.Tokenizer:
+    """The tokenizer.json of a folder, for whole texts; for errors, how the folder was given."""
     path = pathlib.Path(folder) / "tokenizer.json"
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # It raises no other kind.
-        raise UserError(f"--init-from: {path}: not a tokenizer's file ({error}).") from error
-    tokenizer.encode_special_tokens = True
+        raise UserError(f"{given_as}{path}: not a tokenizer's file ({error}).") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return tokenizer
+
+
+def eos_ids(path: pathlib.Path) -> list[Any]:
+    """What a JSON file of Hugging Face has for eos_token_id: none, one or several."""
+    found = read_json(path).get("eos_token_id")
+    return found if isinstance(found, list) else [found] * (found is not None)
+
+
+def of_checkpoint(folder: str, vocab_size: int) -> Vocabulary:
+    """The tokenizer beside a Hugging Face model, which ends documents as its config says."""
+    path = pathlib.Path(folder) / "tokenizer.json"
+    tokenizer = read(folder, "--init-from: ")
+    tokenizer.encode_special_tokens = True
     if (size := tokenizer.get_vocab_size()) > vocab_size:
         raise UserError(f"--init-from: {path}: it has {size} tokens, and the model {vocab_size}.")
     config = path.with_name("config.json")
-    end = json.loads(config.read_text()).get("eos_token_id")
-    end = end[0] if isinstance(end, list) and end else end
-    end = tokenizer.token_to_id(END_OF_TEXT) if end is None else end
+    end = next(iter(eos_ids(config)), tokenizer.token_to_id(END_OF_TEXT))
     if not isinstance(end, int) or not 0 <= end < vocab_size:
         raise UserError(f"--init-from: {config}: eos_token_id {end!r} is no token.")
     return Vocabulary(tokenizer, end)

@@ -18,7 +18,6 @@ from examples import (
     llama,
     optimizers,
     pretrain,
-    sampling,
     streaming,
     training,
 )
@@ -260,19 +259,6 @@ def test_state_is_donated():
     state = training.new_state(params, tx)
     step(state, np.zeros((2, 17), np.int32))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state["params"]))
-
-
-def test_sampling_follows_the_model():
-    """With next to no temperature: the likeliest token each time, in a window that moves."""
-    graph, params = llama.create(dataclasses.replace(SMALL, init_scale=0.3), seed=0)
-    ids = [5, 6, 7]
-    out = sampling.sample_ids(
-        llama.from_graph(graph), params, jnp.array(ids), jax.random.key(0), 1e-6, count=9, window=6
-    )
-    for _ in range(9):
-        scores = nnx.merge(graph, params)(jnp.array(ids[-6:])[None])[0, -1]
-        ids.append(int(jnp.argmax(scores)))
-    assert out.tolist() == ids
 
 
 # --- The command line ---
