@@ -114,7 +114,7 @@ def _classification(config: FinetuneConfig) -> Learner:
                 outputs[at] = predict(params, batch["tokens"], batch["mask"])[: len(at)]
             wanted = np.array([row.target for row in held_out])
             found = tasks.scores(task.metric, outputs, wanted)
-            found["loss"] = float(np.mean(row_losses(outputs, wanted), dtype=np.float64))
+            found["loss"] = float(np.mean(np.asarray(row_losses(outputs, wanted))))
             return {f"val_{name}": value for name, value in found.items()}
 
         return evaluate
