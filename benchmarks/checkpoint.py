@@ -26,8 +26,8 @@ ROWS = {
     "galore_muon": ("galore_muon", 2e-4, "full"),
     "frugal": ("frugal", 1e-4, "full"),
 }
-FLAGS = {"--batch-size": 4, "--seq-len": 128, "--rank": 0.25, "--update-proj-gap": 10}
-FLAGS |= {"--warmup": 3, "--clip": 1.0}
+FLAGS = {"--batch-size": 4, "--seq-len": 128, "--warmup": 3, "--clip": 1.0}
+GALORE = {"--rank": 0.25, "--update-proj-gap": 10}
 
 
 def main(argv=None):
@@ -46,7 +46,7 @@ def main(argv=None):
     result = {
         "command": "python -m benchmarks.checkpoint FOLDER",
         "model": args.folder.name,
-        "flags": FLAGS | {"--steps": args.steps},
+        "flags": FLAGS | GALORE | {"--steps": args.steps},
         "optimizers": found,
     }
     report.write("checkpoint", result, ("jax", "optax", "flax"), args.out)
@@ -56,6 +56,7 @@ def run(name, args, cache):
     """One optimizer's figures."""
     optimizer, rate, tier = ROWS[name]
     flags = {"--init-from": args.folder, "--optimizer": optimizer, "--tier": tier} | FLAGS
+    flags |= {} if optimizer == "adamw" else GALORE
     flags |= {"--learning-rate": rate, "--steps": args.steps, "--cache-dir": cache}
     config = command_line.parse([str(x) for pair in flags.items() for x in pair])
     model_of, _, tx, schedule, _, weights = pretrain.setup(config)

@@ -10,7 +10,9 @@ from examples.llama_config import ACTIVATIONS
 IRRELEVANT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type"),
-    *("_name_or_path", "name_or_path", "transformers_version", "transformers.js_config"),
+    *("unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
+    *("_name_or_path", "_model_name_or_path", "name_or_path"),  # The second by a GGUF.
+    *("transformers_version", "transformers.js_config"),
     *("torch_dtype", "dtype", "attn_implementation", "_attn_implementation"),
     "_attn_implementation_autoset",
 }

@@ -87,14 +87,14 @@ def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_taken_again(
     (folder / "summary.json").unlink()
 
     few = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--jobs", "2"]
-    quality.main([*few, "--methods", "AdamW", "--speed-rounds", "1"])
+    quality.main([*few, "--methods", "AdamW", "--speed-rounds", "0"])
     steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
     assert "from step" not in (folder / "log.txt").read_text()
     found = json.loads((tmp_path / "quality_quick.json").read_text())
     assert found["methods"].keys() == {"AdamW"}
     for line in found["methods"].values():
-        assert line["speed"] > 0 and math.isfinite(line["loss"]) and line["state"] > 0
+        assert math.isfinite(line["loss"]) and line["state"] > 0
     for picture in ("quality_quick_curves.png", "quality_quick_memory.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 

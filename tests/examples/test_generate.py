@@ -87,7 +87,7 @@ def cached_logits(model_of, params, tokens, prompt):
 # --- The cache ---
 
 
-@pytest.mark.parametrize("name", once_but(EVERYWHERE, STYLES))
+@pytest.mark.parametrize("name", once_but(EVERYWHERE, GENERATED))
 def test_cached_logits_are_those_of_the_whole_text(name):
     model_of, params = made(config_of(name))
     whole = jax.jit(lambda p, x: model_of(p)(x))(params, ids())

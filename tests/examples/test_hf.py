@@ -386,13 +386,13 @@ VARIED = dataclasses.replace(EVERYTHING, vocab_size=300, max_positions=16, init_
 
 
 @pytest.mark.slow
-def test_layers_that_differ_in_all_tiers():
+def test_layers_that_differ_layer_by_layer():
     config = dataclasses.replace(VARIED, qk_norm=True, tied=False)
     tx = galore_jax.galore_adamw(
         0.01, rank=4, weight_dimension_numbers=galore_jax.last_two_axes, method="svd"
     )
     states = {}
-    for name in ("full", "subspace", "layerwise"):
+    for name in ("full", "layerwise"):
         graph, init = llama.initializer(dataclasses.replace(config, remat=name == "layerwise"), 0)
         step = training.make_train_step(llama.from_graph(graph), tx, lambda _: 0.01, tier=name)
         state = training.new_state(init(), tx)
@@ -400,10 +400,7 @@ def test_layers_that_differ_in_all_tiers():
             rows = np.random.default_rng(i).integers(0, config.vocab_size, (2, 14), np.int32)
             state, figures = step(state, jnp.asarray(rows))
         states[name] = state["params"], figures["loss"]
-    for name in ("subspace", "layerwise"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), states["full"], states[name]
-        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *states.values())
 
 
 def checkpoint(folder: pathlib.Path) -> None:
