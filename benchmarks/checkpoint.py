@@ -15,7 +15,7 @@ import time
 import jax
 
 from benchmarks import report, steps
-from examples import command_line, data, pretrain, training
+from examples import command_line, data, hf, pretrain, training
 from examples import tokenizer as bpe
 
 # --optimizer, its learning rate (a tenth of what it would begin with), and the tier.
@@ -59,22 +59,22 @@ def run(name, args, cache):
     flags |= {} if optimizer == "adamw" else GALORE
     flags |= {"--learning-rate": rate, "--steps": args.steps, "--cache-dir": cache}
     config = command_line.parse([str(x) for pair in flags.items() for x in pair])
-    model_of, _, tx, schedule, _, weights = pretrain.setup(config)
+    model_of, _, tx, schedule, *_ = pretrain.setup(config)
     loaded = data.load(
         [],
         vocab_size=config.vocab_size,
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         seed=0,
-        vocabulary=bpe.of_checkpoint(config.init_from, config.vocab_size),
+        vocabulary=bpe.of_checkpoint(args.folder, config.vocab_size),
     )
     batches = iter(loaded.train)
     held_out = list(data.validation_batches(loaded.validation, config.seq_len, config.batch_size))
     held_out = held_out[:: -(-len(held_out) // args.eval_batches)]
-    state = training.new_state(jax.tree.map(jax.numpy.array, weights()), tx)
+    state = training.new_state(jax.tree.map(jax.numpy.array, hf.load_hf(args.folder)[1]), tx)
     eval_step = training.make_eval_step(model_of)
     before = training.evaluate(eval_step, state["params"], held_out)["val_loss"]
-    step = training.make_train_step(model_of, tx, schedule, tier=tier, clip=config.clip)
+    step = training.make_train_step(model_of, tx, schedule, tier=config.tier, clip=config.clip)
     compiled = step.lower(state, next(batches)).compile()
     memory = compiled.memory_analysis()
     seconds = []

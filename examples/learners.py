@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from examples import (
     hf,
     hf_files,
     hf_roberta,
+    hf_tokenizer,
     instructions,
     llama,
     padding,
@@ -27,12 +27,6 @@ from examples import tokenizer as bpe
 from examples.errors import UserError
 from examples.finetune_config import FinetuneConfig, classifies
 from examples.modules import from_graph
-
-# What goes with a model's weights, where it is there.
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
-)
 
 
 class Learner(NamedTuple):
@@ -126,7 +120,7 @@ def _classification(config: FinetuneConfig) -> Learner:
 
     def save(folder: pathlib.Path, params: dict) -> None:
         hf_roberta.save_hf(folder, model_config, params)
-        _copy_tokenizer(config, folder)
+        hf_tokenizer.copy(pathlib.Path(config.tokenizer or config.init_from), folder)
 
     return Learner(
         rows.train,
@@ -185,7 +179,7 @@ def _answers(config: FinetuneConfig) -> Learner:
 
     def save(folder: pathlib.Path, params: dict) -> None:
         hf.save_hf(folder, model_config, params)
-        _copy_tokenizer(config, folder)
+        hf_tokenizer.copy(pathlib.Path(config.tokenizer or config.init_from), folder)
 
     return Learner(
         train,
@@ -209,10 +203,3 @@ def _in_formats(model: Any, config: FinetuneConfig) -> Any:
     dtype = config.param_dtype or hf_files.dtype_of(config.init_from)
     remat = config.remat or config.tier == "layerwise"
     return dataclasses.replace(model, param_dtype=dtype, dtype=dtype, remat=remat)
-
-
-def _copy_tokenizer(config: FinetuneConfig, folder: pathlib.Path) -> None:
-    source = pathlib.Path(config.tokenizer or config.init_from)
-    for name in _TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)

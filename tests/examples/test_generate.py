@@ -12,7 +12,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from examples import checkpoints, generate, hf, hf_config, llama, pretrain, rope, sampling
+from examples import (
+    checkpoints,
+    export,
+    generate,
+    hf,
+    hf_config,
+    llama,
+    pretrain,
+    rope,
+    sampling,
+)
 from examples import data as data_lib
 from examples import tokenizer as bpe
 from examples.errors import UserError
@@ -293,11 +303,14 @@ def test_from_a_run_and_from_its_model(folder, capsys):
     assert said(capsys, *flags, "--seed", "1") != sample + "\n"
 
     # The same weights as a model of Hugging Face.
-    config = dataclasses.replace(SMALL, vocab_size=300)
-    shapes = jax.eval_shape(llama.initializer(config, 0)[1])
-    hf.save_hf("model", config, checkpoints.read_params(pathlib.Path("one"), shapes))
-    pathlib.Path("model/tokenizer.json").write_text(pathlib.Path("one/tokenizer.json").read_text())
+    assert export.main(["one", "model"]) == 0
+    assert "wrote model" in capsys.readouterr().out
     assert said(capsys, "model", *flags[1:]) == sample + "\n"
+    assert pretrain.main(["--init-from", "model", "--steps", "0"]) == 2  # It is read that far.
+    assert "--steps is 0" in capsys.readouterr().err
+    assert export.main(["one", "model"]) == 2
+    assert "there is something already" in capsys.readouterr().err
+    assert export.main(["model", "other"]) == 2
 
 
 @pytest.mark.slow
