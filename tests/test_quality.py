@@ -85,6 +85,12 @@ def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_taken_again(
     flags = [*run.flags(budget), "--sample-tokens", "0", "--run-dir", str(folder)]
     assert pretrain.main([*flags, "--stop-at", "4"]) == 0
     (folder / "summary.json").unlink()
+    # And the run before it, which picked the rate.
+    tuned = quality.Run("AdamW", run.rate, budget.tuning_steps, budget.tuning_seed)
+    tuned = tuned.folder(budget, root)
+    tuned.mkdir()
+    (tuned / "metrics.jsonl").write_text('{"step": 4, "loss": 7.0, "val_loss": 7.0}\n')
+    (tuned / "summary.json").write_text("{}")
 
     few = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--jobs", "2"]
     quality.main([*few, "--methods", "AdamW", "--speed-rounds", "0"])
