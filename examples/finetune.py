@@ -69,9 +69,10 @@ def setup(config: FinetuneConfig, made: Learner, seed: int, steps: int) -> Setup
     """The parameters and the optimizer of a training."""
     method, schedule = METHODS[config.method], learning_rate_schedule(config, steps)
     rank = config_lib.whole_rank(config.rank)
-    shapes, model_of = made.shapes, made.model_of
-    weights = functools.partial(made.weights, seed)
-    labels, apart = None, None
+    shapes, labels = made.shapes, None
+    model_of: training.ModelOf = made.model_of
+    weights: Callable[[], dict] = functools.partial(made.weights, seed)
+    apart: optax.Schedule | None = None
 
     def is_target(path: tuple[Any, ...]) -> bool:
         names = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -83,12 +84,22 @@ def setup(config: FinetuneConfig, made: Learner, seed: int, steps: int) -> Setup
         factorised = functools.partial(
             lora.factorise, rank=rank, key=jax.random.key(seed), chosen=is_target
         )
-        shapes = jax.eval_shape(factorised, shapes)
-        weights = lambda: factorised(jax.tree.map(jnp.asarray, made.weights(seed)))  # noqa: E731
-        model_of = lambda params: made.model_of(lora.assemble(params))  # noqa: E731
+
+        def with_factors() -> dict:
+            return factorised(jax.tree.map(jnp.asarray, made.weights(seed)))
+
+        def assembled(params: dict) -> Any:
+            return made.model_of(lora.assemble(params))
+
+        shapes, weights = jax.eval_shape(factorised, shapes), with_factors
+        model_of = assembled
         labels = jax.tree_util.tree_map_with_path(lora.label, shapes)
     elif method.adam_rate:
-        apart = lambda step: method.adam_rate * schedule(step)  # noqa: E731
+
+        def adam_rate(step: Any) -> Any:
+            return method.adam_rate * schedule(step)
+
+        apart = adam_rate
         labels = jax.tree_util.tree_map_with_path(
             lambda path, _: "kernel" if is_target(path) else "other", shapes
         )
@@ -147,11 +158,11 @@ def train_once(
         else:
             state = saver.restore(start, meshes.abstract_state(None, shapes, tx))
         runs.truncate_metrics(folder, start or 0)
-        best = Best(folder, made.metric, made.save)
+        best = Best(folder, made.metric, lambda path, p: made.save(path, lora.assemble(p)))
 
         def evaluate(params: dict, last: bool) -> dict[str, float]:
             figures = evaluate_params(params)
-            best.look(figures, lora.assemble(params))
+            best.look(figures, params)
             return figures
 
         def stop() -> bool:

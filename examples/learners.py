@@ -74,6 +74,7 @@ def _classification(config: FinetuneConfig) -> Learner:
         **{name: value for name, value in given.items() if value},
     )
     task, regression = rows.task, rows.task.labels == (tasks.REGRESSION,)
+    metric = "pearson" if regression else task.metric
     model_config = _in_formats(
         dataclasses.replace(
             base,
@@ -107,7 +108,7 @@ def _classification(config: FinetuneConfig) -> Learner:
             ):
                 outputs[at] = predict(params, batch["tokens"], batch["mask"])[: len(at)]
             wanted = np.array([row.target for row in held_out])
-            found = tasks.scores(task.metric, outputs, wanted)
+            found = tasks.scores(metric, outputs, wanted)
             found["loss"] = float(np.mean(np.asarray(row_losses(outputs, wanted))))
             return {f"val_{name}": value for name, value in found.items()}
 
@@ -133,7 +134,7 @@ def _classification(config: FinetuneConfig) -> Learner:
         loss_of,
         evaluator,
         save,
-        metric="pearson" if regression else task.metric,
+        metric=metric,
         loss_is="squared error" if regression else "loss (nats per text)",
         about=f"{config.task or 'own task'}: " + ", ".join(task.labels),
     )
@@ -149,6 +150,11 @@ def _answers(config: FinetuneConfig) -> Learner:
     def examples(rows: Sequence[records.Record]) -> list[padding.Example]:
         made = [encode(record) for record in rows]
         kept = [example for example in made if example is not None]
+        if made and not kept:
+            raise UserError(
+                f"--max-length {config.max_length}: no row, as of {rows[0].where}, has a response"
+                " within it. Give more."
+            )
         if lost := len(made) - len(kept):
             which = f"{lost} of {len(made)} rows, as of {rows[0].where},"
             print(f"{which} have no response within --max-length {config.max_length}")

@@ -26,10 +26,14 @@ class Config(Protocol):
     """What is asked here of the settings of a run, of whatever kind."""
 
     @property
-    def run_dir(self) -> str: ...  # noqa: D102
+    def run_dir(self) -> str:
+        """Folder of the run."""
+        ...
 
     @property
-    def resume(self) -> str | None: ...  # noqa: D102
+    def resume(self) -> str | None:
+        """The same, of a run to continue."""
+        ...
 
 
 def named(config: Config) -> str:

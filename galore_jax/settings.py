@@ -22,8 +22,6 @@ from galore_jax.projector.basis import Methods
 from galore_jax.projector.basis import methods as read_methods
 from galore_jax.projector.storage import INDICES, QUANTISED, Storage
 
-# The default, which costs no multiplication.
-_ONE = 1.0
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -53,7 +51,7 @@ class Settings:
     rank: Rank
     update_proj_gap: jax.typing.ArrayLike = 200
     scale: jax.typing.ArrayLike = 0.25
-    unprojected_scale: jax.typing.ArrayLike = _ONE
+    unprojected_scale: jax.typing.ArrayLike = 1.0
     proj_type: str = "std"
     method: str | Mapping[int, str] = "randomized"
     refresh: str = "fixed"
@@ -112,7 +110,8 @@ class Settings:
 
     def unprojected(self, update: Any) -> Any:
         """The update of a leaf that is not projected, given the inner optimizer's."""
-        return update if self.unprojected_scale is _ONE else self.unprojected_scale * update
+        scale = self.unprojected_scale
+        return update if isinstance(scale, numbers.Real) and scale == 1 else scale * update
 
     def plan(self, params: optax.Params) -> Plan:
         """What becomes of each leaf of `params`, in flattening order."""

@@ -237,12 +237,16 @@ def test_only_responses_are_learned(tmp_path):
     messages = [{"role": role, "content": content} for role, content in turns]
     whole, responses = learned({"messages": messages}, template)
     assert responses == "blue</s>two</s>" and whole.startswith("<s>system\nup</s><s>user\nred</s>")
-    # What was asked for is cut off first, and where nothing is left the row is.
-    assert learned(pair, None, 3) is None or learned(pair, None, 3)[1] in "blue</s>"
-    assert learned(pair, None, 1) is None
+    # A text is cut off at its end; a row of which nothing is left to learn is none.
+    length = sum(len(tokenizer().encode(text).ids) for text in ("red ", "blue")) + 1
+    assert learned(pair, None, length) == ("red blue</s>", "blue</s>")
+    assert learned(pair, None, length - 1) == ("red blue", "blue")
+    assert learned(pair, None, len(tokenizer().encode("red ").ids)) is None
     # Text is text where no template writes it.
-    whole, _ = learned({"prompt": "</s>", "response": "x"}, None)
-    assert len(tokenizer().encode(whole).ids) < len(whole)
+    literal = instructions.encoder(tokenizer(), 2, None, 100)(
+        records.Record("here", {"prompt": "</s>", "response": "x"})
+    )
+    assert literal.ids.tolist().count(2) == 1 and literal.ids[-1] == 2
 
 
 def test_weights_of_a_batch_are_one_in_all():
@@ -299,6 +303,17 @@ def test_a_classifier_learns_and_is_saved_for_others(encoder, capsys):
     assert (best / "tokenizer.json").exists()
     config, params = hf_roberta.load_hf(best)
     assert config.labels == 2 and params["classifier"]["out"]["kernel"].shape == (24, 2)
+
+
+@pytest.mark.slow
+def test_numbers_are_regressed_on(encoder):
+    write_lines(
+        "numbers.jsonl", ({"text": x["text"], "label": x["label"] + 0.5} for x in rows(200))
+    )
+    assert run("--run-dir", "run", "--data", "numbers.jsonl") == 0
+    (figures,) = finetune_table.read(pathlib.Path("run"))[1]
+    assert figures["metric"] == "pearson" and figures["val_pearson"] > 0.7
+    assert hf_roberta.load_hf("run/seed-0/best")[0].labels == 1
 
 
 @pytest.mark.slow
