@@ -18,7 +18,7 @@ import tyro
 from examples import checkpoints, hf, hf_tokenizer, llama, pretrain
 from examples import config as config_lib
 from examples import tokenizer as bpe
-from examples.errors import UserError
+from examples.errors import exit_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,12 @@ def export(run: pathlib.Path, folder: pathlib.Path) -> None:
     hf.save_hf(folder, model_config, params)
     if config.init_from:
         hf_tokenizer.copy(pathlib.Path(config.init_from), folder)
-        return
+    else:
+        _own_tokenizer(run, folder)
+    print(f"wrote {folder}")
+
+
+def _own_tokenizer(run: pathlib.Path, folder: pathlib.Path) -> None:
     shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
     # By which `transformers` knows it.
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": bpe.END_OF_TEXT}
@@ -55,13 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
         prog="python -m examples.export",
         description="Writes a run's model as a folder that transformers loads.",
     )
-    try:
-        export(pathlib.Path(options.run), pathlib.Path(options.folder))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.folder}")
-    return 0
+    return exit_code(lambda: export(pathlib.Path(options.run), pathlib.Path(options.folder)))
 
 
 if __name__ == "__main__":

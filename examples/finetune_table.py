@@ -13,7 +13,7 @@ from typing import Any
 
 from examples import config as config_lib
 from examples import runs
-from examples.errors import UserError
+from examples.errors import UserError, exit_code
 from examples.finetune_config import RANKED, FinetuneConfig
 
 
@@ -68,12 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not folders or folders[0].startswith("-"):
         print(__doc__)
         return 0 if folders else 2
-    try:
-        print(table([pathlib.Path(name) for name in folders]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(table([pathlib.Path(name) for name in folders])))
 
 
 if __name__ == "__main__":

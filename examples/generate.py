@@ -20,7 +20,7 @@ import tyro
 from examples import checkpoints, command_line, hf, llama, pretrain, sampling, training
 from examples import config as config_lib
 from examples import tokenizer as bpe
-from examples.errors import UserError
+from examples.errors import UserError, exit_code
 from examples.files import read_json
 
 
@@ -158,12 +158,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = tyro.cli(
         Options, args=args, prog="python -m examples.generate", description="Text from a model."
     )
-    try:
-        print(generate(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(generate(options)))
 
 
 if __name__ == "__main__":
