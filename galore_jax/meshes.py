@@ -22,6 +22,17 @@ def auto_mesh(arrays: Any) -> Any:
     return mesh
 
 
+def uncut(mesh: Any, x: jax.Array, axis: int) -> jax.Array:
+    """An array on an Auto mesh, with one of its axes whole on each device.
+
+    How the others lie is left to XLA, and what asks for the result does not reach past it: an
+    exchange of the array is the most that this costs.
+    """
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = None
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
 def sharding_of(x: jax.Array) -> NamedSharding:
     """How an array lies, as far as its type says."""
     return jax.typeof(x).sharding

@@ -21,6 +21,13 @@ def full_step(tx, loss_fn):
 def alike(got, want, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
 
+def compiled_update(tx, params, where, spread=True):
+    of_state = galore_jax.state_sharding(tx, params, where, spread=spread)
+    like = lambda tree, at: jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at)
+    p, s = like(params, where), like(jax.eval_shape(tx.init, params), of_state)
+    return jax.jit(tx.update, out_shardings=(where, of_state)).lower(p, s, p).compile()
+
 def together(tree):
     for x in jax.tree.leaves(tree):
         one, *others = (np.asarray(s.data) for s in x.addressable_shards)
@@ -206,11 +213,7 @@ params = {"a": jax.ShapeDtypeStruct((12, 32, 64), jnp.float32),
 
 def program(tx, spec, spread=True):
     where = jax.tree.map(lambda _: NamedSharding(mesh, spec), params)
-    of_state = galore_jax.state_sharding(tx, params, where, spread=spread)
-    like = lambda tree, at: jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at)
-    p, s = like(params, where), like(jax.eval_shape(tx.init, params), of_state)
-    return jax.jit(tx.update, out_shardings=(where, of_state)).lower(p, s, p).compile().as_text()
+    return compiled_update(tx, params, where, spread).as_text()
 
 def sent(text, how):
     found = re.findall(r"f32\\[([\\d,]+)\\]\\S* " + how + r"\\(", text)
@@ -252,5 +255,32 @@ shared = jax.jit(lambda x: in_shares(orthogonalise, x))
 alike(shared(put), [orthogonalise(x) for x in stacks], 1e-5)
 back = jax.jit(shared, out_shardings=[put[0].sharding])
 assert "all-gather" not in back.lower(put[:1]).compile().as_text()
+""",
+    )
+
+
+@pytest.mark.slow
+def test_weights_cut_within_blocks_exchange_their_gradient_alone():
+    """Moments in 8 bits stay where they are, whatever part of a block is a weight's part."""
+    run_with_devices(
+        8,
+        COMMON
+        + """
+rng = np.random.default_rng(0)
+for sizes, names, shape, spec in (
+    ((8,), ("a",), (8, 64, 1024), P(None, None, "a")),
+    ((8,), ("a",), (1024, 64), P("a")),
+    ((8,), ("a",), (40, 576), P(None, "a")),
+    ((4, 2), ("a", "b"), (64, 512), P("b", "a")),
+):
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
+    where, params = NamedSharding(mesh, spec), jax.ShapeDtypeStruct(shape, jnp.float32)
+    for tx in (galore_jax.adamw8bit(1e-2), galore_jax.lion8bit(1e-2)):
+        update = compiled_update(tx, params, where)
+        assert "all-gather" not in update.as_text(), (shape, tx)
+        p, g = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
+        state = jax.jit(tx.init, out_shardings=update.input_shardings[0][1])(p)
+        got = update(jax.device_put(g, where), state, jax.device_put(p, where))
+        alike(got, jax.jit(tx.update)(g, tx.init(p), p), 1e-6)
 """,
     )

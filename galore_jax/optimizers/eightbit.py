@@ -22,7 +22,7 @@ from galore_jax.compiler import in_one_piece
 from galore_jax.control import alike
 from galore_jax.matrix.layouts import stacked_vectors
 from galore_jax.matrix.trees import path_string
-from galore_jax.meshes import auto_mesh
+from galore_jax.meshes import auto_mesh, uncut
 from galore_jax.precision import debias
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, Format
 
@@ -293,7 +293,15 @@ def _quantised(step: Callable, rates, formats, g, moments, scales, dtype, count)
     stacks = range(1, g.ndim - 1)
     loops = max([k for k in stacks if math.prod(g.shape[k:]) >= _LOOP_SIZE], default=0)
     # On a mesh a loop over an axis that is cut would bring along all of it.
-    if not loops or auto_mesh(g) is not None:
+    if (mesh := auto_mesh(g)) is not None:
+        axis, blocks, _ = quantize.layout(g.shape)
+        if all(blocks % parts == 0 for parts in mesh.shape.values()):
+            return whole(g, moments, scales)
+        # Moments lie so that no device has a part of a block, and so must what meets them: left
+        # to itself XLA gathers all of them where a weight's parts are parts of blocks.
+        out, *new = whole(uncut(mesh, g, axis), moments, scales)
+        return uncut(mesh, out, axis), *new
+    if not loops:
         return whole(g, moments, scales)
 
     # In place, the update over the gradient: the carry needs no second buffer where its first
