@@ -178,13 +178,37 @@ def defaults(args: Sequence[str]) -> Config:
     )
 
 
+def cli(default: Any, args: Sequence[str], **about: str) -> Any:
+    """The settings of a command line, whose `--help` shows them by the groups they are in.
+
+    Args:
+        default: what the flags not given stand at, of a dataclass whose bases are the groups.
+        args: the command line.
+        **about: `prog` and `description`.
+    """
+    groups = type(default).__bases__
+
+    def part(group: type) -> Any:
+        return group(**{f.name: getattr(default, f.name) for f in dataclasses.fields(group)})
+
+    options = dataclasses.make_dataclass("Options", [(g.__name__, g) for g in groups])
+    given = tyro.cli(
+        options,
+        args=args,
+        default=options(*map(part, groups)),
+        config=[tyro.conf.OmitArgPrefixes],
+        **about,
+    )
+    parts = [getattr(given, g.__name__) for g in groups]
+    return type(default)(**{k: v for x in parts for k, v in vars(x).items()})
+
+
 def parse(args: Sequence[str]) -> Config:
     """The settings of a command line; with --resume, those of the run it names."""
     default = defaults(args)
-    config = tyro.cli(
-        Config,
-        args=args,
-        default=default,
+    config = cli(
+        default,
+        args,
         prog="python -m examples.pretrain",
         description="Pre-trains a LLaMA with GaLore. Without flags: a tiny one, in minutes.",
     )

@@ -1,4 +1,4 @@
-"""The settings of a run as one frozen dataclass, and its file."""
+"""The settings of a run as one frozen dataclass of several groups, and its file."""
 
 import dataclasses
 import json
@@ -17,8 +17,8 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Settings of a run. Those without a default here come from the recipe of the model."""
+class Model:
+    """What is trained."""
 
     model: Literal[tuple(llama.CONFIGS)]  # type: ignore[valid-type]
     """Size of the LLaMA. All but `tiny` are the paper's and want an accelerator."""
@@ -29,7 +29,11 @@ class Config:
     """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, scale_sgd), or
     a full-rank counterpart."""
 
-    # Data.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the model reads."""
+
     data: tuple[str, ...] = ()
     """Files or folders of text, or one Hugging Face dataset (owner/name, owner/name:config,
     or hf:PATH for one on disk). By default the source of the Python standard library."""
@@ -40,7 +44,11 @@ class Config:
     cache_dir: str | None = None
     """Folder for trained tokenizers; by default galore_jax in the user's cache folder."""
 
-    # Schedule.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long, in which portions, how fast."""
+
     steps: int
     """Optimizer steps. The schedule's warmup keeps its share of them."""
     batch_size: int
@@ -59,7 +67,11 @@ class Config:
     clip: float
     """Largest global norm of the gradient; 0 for no clipping."""
 
-    # GaLore.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaLore:
+    """The subspace that the optimizer lives in."""
+
     rank: int | float
     """Rank of the projected gradients; below 1 a share of a matrix's smaller side."""
     update_proj_gap: int
@@ -81,7 +93,11 @@ class Config:
     projector_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """Number format the projectors are kept in; by default float32."""
 
-    # Memory and speed.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What fits on a card."""
+
     tier: training.Tier = "full"
     """How much of the gradient exists at once: `full`, all of it; `subspace`, its projection
     (for the galore_ optimizers but galore_muon); `layerwise`, that of one layer, whose weights
@@ -91,7 +107,11 @@ class Config:
     loss_chunk: int = llama.LlamaConfig.loss_chunk
     """Most logits (tokens times words of the vocabulary) that exist at once in the loss."""
 
-    # Devices.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Where it trains."""
+
     mesh: str = ""
     """Train on all devices, as data=2,fsdp=4 (their product; -1 for the rest): both cut the batch
     and the optimizer's state, fsdp the weights too. By default on one device."""
@@ -107,7 +127,11 @@ class Config:
     process_id: int | None = None
     """This one's number, from 0, with --coordinator HOST:PORT."""
 
-    # Numbers.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Seeds and number formats."""
+
     seed: int = 0
     """Of the weights, the order of the data and the sample."""
     param_dtype: Dtype = "float32"
@@ -117,7 +141,11 @@ class Config:
     stochastic_rounding: bool = False
     """Round bfloat16 weights up or down at random after a step, so that small steps count."""
 
-    # The run.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Its folder, what it writes, and when."""
+
     run_dir: str
     """Folder of the run; by default a new one under runs/."""
     resume: str | None = None
@@ -143,6 +171,14 @@ class Config:
     """Beginning of the sample text; by default that of a validation document."""
     sample_tokens: int = 120
     """Most tokens of the sample text; 0 for none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Model, Data, Schedule, GaLore, Memory, Devices, Numbers, Run):
+    """Settings of a run. Those without a default come from the recipe of the model.
+
+    In groups, as `--help` shows them.
+    """
 
 
 # What a resumed run may do differently: nothing that would change a step already planned, but

@@ -43,14 +43,18 @@ SCALED = ["galore", "galore8bit", "frugal", "fira"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Settings. Those without a default here come from the task, the kind of model and --method."""
+class Model:
+    """What is fine-tuned."""
 
     init_from: str
     """Folder of a Hugging Face checkpoint: a RoBERTa learns to classify, a LLaMA or one of its
     descendants to answer. A run resumes while it is there."""
 
-    # Data.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is learned."""
+
     task: Literal[tuple(tasks.TASKS)] | None = None  # type: ignore[valid-type]
     """Task of GLUE, with its columns, labels, metric and the paper's learning rate. Without --data
     it is fetched from Hugging Face."""
@@ -71,7 +75,11 @@ class FinetuneConfig:
     max_length: int
     """Tokens that a text is cut off after."""
 
-    # Method.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What trains, and how."""
+
     method: Literal[tuple(METHODS)] = "galore"  # type: ignore[valid-type]
     """What trains: AdamW in the gradient's subspace (galore), others of its family, LoRA's factors,
     or AdamW on all weights (full)."""
@@ -86,7 +94,11 @@ class FinetuneConfig:
     scale: float
     """Multiplies the lifted updates."""
 
-    # Schedule.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long, in which portions, how fast."""
+
     epochs: float
     """Times that the data is seen."""
     batch_size: int
@@ -106,7 +118,11 @@ class FinetuneConfig:
     evals_per_epoch: int = 1
     """Validations an epoch."""
 
-    # Memory and numbers.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What fits on a card, number formats and seeds."""
+
     tier: training.Tier = "full"
     """How much of the gradient exists at once: see examples.pretrain."""
     remat: bool = False
@@ -117,7 +133,11 @@ class FinetuneConfig:
     seeds: tuple[int, ...] = (0,)
     """One training for each: of a new head, of dropout and of the order of the data."""
 
-    # The run.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Its folder, and when it stops."""
+
     run_dir: str
     """Folder of the run; by default a new one under runs/."""
     resume: str | None = None
@@ -126,6 +146,14 @@ class FinetuneConfig:
     """Stop each training after this step, with a checkpoint to resume from."""
     log_every: int = 10
     """Steps between two looks at the loss."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Model, Data, Learner, Schedule, Memory, Run):
+    """Settings. Those without a default come from the task, the kind of model and --method.
+
+    In groups, as `--help` shows them.
+    """
 
 
 def defaults(args: Sequence[str]) -> FinetuneConfig:
@@ -174,10 +202,9 @@ def classifies(folder: str) -> bool:
 def parse(args: Sequence[str]) -> FinetuneConfig:
     """The settings of a command line; with --resume, those of the run it names."""
     default = defaults(args)
-    config = tyro.cli(
-        FinetuneConfig,
-        args=args,
-        default=default,
+    config = command_line.cli(
+        default,
+        args,
         prog="python -m examples.finetune",
         description="Fine-tunes a checkpoint with GaLore, or with what it is compared with.",
     )
