@@ -3,6 +3,7 @@
     python -m benchmarks.quality            # CPU: a tiny LLaMA, 1,000 steps, three seeds; hours
     python -m benchmarks.quality --quick    # minutes: whether everything runs
     python -m benchmarks.quality --gpu      # LLaMA-60M, 1,000 steps of 131,072 tokens
+    python -m benchmarks.quality --text man # the same rates on a text that none was picked on
 
 Every method trains the LLaMA of `examples.pretrain` on the source of the Python standard library
 with the same first weights and the same batches, seed by seed. The methods differ in what they
@@ -10,7 +11,8 @@ do with the kernels of the blocks; embeddings, head and norms are AdamW's in all
 learning rate that was picked with AdamW. The learning rate of the kernels is picked for each
 method by the validation loss of runs of half the length with another seed: from a first guess up
 and down by factors of two, until the best has a worse one on either side. Variants of GaLore take
-GaLore's.
+GaLore's. On another text (`man`: the manual pages of the machine, or files that are named) nothing
+is picked: rates are those of the first one's JSON.
 
 Runs lie in a folder of their own and are not taken twice; one that was cut off goes on from its
 last checkpoint. So call it again after an interruption, or with `--methods` for some rows: rows
@@ -20,6 +22,7 @@ of the same budget that the JSON already has are kept.
 import collections
 import concurrent.futures
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -78,6 +81,9 @@ METHODS = {
     "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 8e-3, "tab:pink"),
     "LDAdam": Method(("--optimizer", "ldadam"), 4e-3, "tab:brown"),
     "SCALE": Method(("--optimizer", "scale_sgd"), 2e-3, "tab:gray"),
+    "FOAM-2": Method(("--optimizer", "foam"), 1e-3, "tab:pink"),
+    "RACS": Method(("--optimizer", "racs"), 0.02, "tab:olive"),
+    "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "tab:red"),
     "galore_muon": Method(_MUON, 0.02, "tab:orange"),
     "galore_muon, rank 64": _muon_variant("--rank", "64"),
     "galore_muon, rank 8": _muon_variant("--rank", "8"),
@@ -124,6 +130,40 @@ BUDGETS = {
         methods=("AdamW", "GaLore", "Muon", "galore_muon", "Fira"), reach=2,
     ),
 }  # fmt: skip
+
+
+STDLIB, MAN = "stdlib", "man"  # texts that have a name
+_MAN_BYTES = 8_000_000  # more than any run reads
+
+
+def write_manual_pages(folder: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
+    """A folder with manual pages of this machine as they are written, in troff: no Python."""
+    if folder.exists():
+        return folder
+    seen, size = set(), 0
+    for path in (p for section in "7581" for p in sorted((root / f"man{section}").glob("*.gz"))):
+        try:
+            text = gzip.decompress(path.read_bytes()).decode()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if len(text) < 2000 or text in seen:  # mostly references to another page
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{path.stem}.txt").write_text(text)
+        seen.add(text)
+        if (size := size + len(text)) > _MAN_BYTES:
+            return folder
+    raise SystemExit(f"{root} has {size} bytes of manual pages, too few: give --text FILES")
+
+
+def on_text(budget: Budget, text: str, runs: pathlib.Path) -> Budget:
+    """The budget on a text: a name, or a file or folder."""
+    if text == STDLIB:
+        return budget
+    path = pathlib.Path(text)
+    if text == MAN:
+        path = write_manual_pages(runs / MAN, pathlib.Path("/usr/share/man"))
+    return dataclasses.replace(budget, flags=(*budget.flags, "--data", str(path)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,19 +422,19 @@ def _move_apart(labels: list[Any]) -> None:
 def show(table: dict) -> None:
     """Print the rows, the best first."""
     judged = verdicts(table)
-    head = ["method", "rate", "loss", "perplexity", "spread", "state MB", "of kernels", "way"]
+    head = ["method", "rate", "tried", "loss", "perplexity", "spread", "state MB", "of kernels"]
     lines = []
     for name, row in sorted(table.items(), key=lambda item: item[1]["loss"]):
         way = judged.get(name, {}).get("way_from_adamw_to_muon", math.nan)
         lines.append(
             [
-                *(name, row["learning_rate"], row["loss"]),
+                *(name, row["learning_rate"], len(row["tuning_losses"]), row["loss"]),
                 *(row["perplexity"], row["perplexity_spread"]),
                 *(row["state"] / 1e6, row["state_of_kernels"] / 1e6),
                 *(f"{way:.0%}", row.get("speed", "")),
             ]
         )
-    report.table([*head, "tokens/s"], lines)
+    report.table([*head, "way", "tokens/s"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -403,14 +443,18 @@ def main(argv: list[str] | None = None) -> None:
     budgets.add_argument("--quick", action="store_const", const="quick", dest="budget")
     budgets.add_argument("--gpu", action="store_const", const="gpu", dest="budget")
     parser.set_defaults(budget="cpu")
+    parser.add_argument("--text", default=STDLIB, help=f"{STDLIB}, {MAN}, or a file or folder")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/quality"))
     parser.add_argument("--speed-rounds", type=int, default=5, help="of 10 steps; 0: not measured")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
-    budget = BUDGETS[args.budget]
-    root = args.runs / args.budget
+    first = "quality" if args.budget == "cpu" else f"quality_{args.budget}"
+    name = first if args.text == STDLIB else f"{first}_{pathlib.Path(args.text).stem}"
+    budget, root = BUDGETS[args.budget], args.runs / args.budget
+    picked = known(args.out / f"{first}.json", budget)
+    budget = on_text(budget, args.text, args.runs)
     if args.budget == "gpu" and jax.default_backend() == "cpu":
         print("no GPU: not measured")
         if not known(args.out / "quality_gpu.json", budget):
@@ -440,6 +484,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def rates_of(name: str) -> dict[float, float]:
         name = METHODS[name].rate_of or name
+        if args.text != STDLIB:
+            return {float(rate): loss for rate, loss in picked[name]["tuning_losses"].items()}
 
         def at(rate):
             return do(Run(name, rate, budget.tuning_steps, budget.tuning_seed))
@@ -454,11 +500,12 @@ def main(argv: list[str] | None = None) -> None:
         return rates
 
     wanted = args.methods or budget.methods
+    if args.text != STDLIB and (missing := {METHODS[n].rate_of or n for n in wanted} - {*picked}):
+        parser.error(f"--text {args.text}: measure {', '.join(sorted(missing))} on {STDLIB} first")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         rates = dict(zip(wanted, pool.map(whole_row, wanted), strict=True))
     table = collect(budget, root, rates)
     args.out.mkdir(parents=True, exist_ok=True)
-    name = "quality" if args.budget == "cpu" else f"quality_{args.budget}"
     table = known(args.out / f"{name}.json", budget) | table
     if args.speed_rounds and table:  # of all rows, in one process
         runs = {n: Run(n, row["learning_rate"], budget.steps, 0) for n, row in table.items()}

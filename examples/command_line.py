@@ -178,13 +178,14 @@ def defaults(args: Sequence[str]) -> Config:
     )
 
 
-def cli(default: Any, args: Sequence[str], **about: str) -> Any:
+def cli(default: Any, args: Sequence[str], prog: str, description: str) -> Any:
     """The settings of a command line, whose `--help` shows them by the groups they are in.
 
     Args:
-        default: what the flags not given stand at, of a dataclass whose bases are the groups.
-        args: the command line.
-        **about: `prog` and `description`.
+      default: what the flags not given stand at, of a dataclass whose bases are the groups.
+      args: the command line.
+      prog: the command.
+      description: what it does.
     """
     groups = type(default).__bases__
 
@@ -197,7 +198,8 @@ def cli(default: Any, args: Sequence[str], **about: str) -> Any:
         args=args,
         default=options(*map(part, groups)),
         config=[tyro.conf.OmitArgPrefixes],
-        **about,
+        prog=prog,
+        description=description,
     )
     parts = [getattr(given, g.__name__) for g in groups]
     return type(default)(**{k: v for x in parts for k, v in vars(x).items()})

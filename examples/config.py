@@ -26,8 +26,8 @@ class Model:
     """Folder of a Hugging Face checkpoint to continue: shape, weights and tokenizer are its own,
     the recipe is still --model's, so give --lr and --seq-len. A run resumes while it is there."""
     optimizer: Literal[tuple(optimizers.OPTIMIZERS)]  # type: ignore[valid-type]
-    """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, scale_sgd), or
-    a full-rank counterpart."""
+    """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, scale_sgd, foam,
+    racs), or a full-rank counterpart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ import galore_jax
 
 # As in the paper, Adafactor's learning rate is not in units of the size of the weights.
 ABSOLUTE_STEP = {"multiply_by_parameter_scale": False}
+# The blocks are stacked: each layer's slice is a matrix by itself.
+MATRICES = {"weight_dimension_numbers": galore_jax.matrix_axes}
 
 
 def is_kernel(path: tuple[Any, ...]) -> bool:
@@ -45,7 +47,11 @@ def frugal(
 
 
 def muon(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float, **options
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float,
+    make: Callable[..., optax.GradientTransformation] = optax.contrib.muon,
+    **options,
 ) -> optax.GradientTransformation:
     """Muon for the kernels of the blocks, AdamW at the same rate for the rest."""
 
@@ -55,7 +61,7 @@ def muon(
             lambda path, _: spec if is_kernel(path) else None, params
         )
 
-    return optax.contrib.muon(
+    return make(
         learning_rate, weight_decay=weight_decay, muon_weight_dimension_numbers=kernels, **options
     )
 
@@ -149,6 +155,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "apollo_mini": Optimizer(galore_jax.apollo_mini, 0.25, _MINI),
     "ldadam": Optimizer(galore_jax.ldadam, 0.25, ("rank", "proj_type")),
     "scale_sgd": Optimizer(galore_jax.scale_sgd, 0.1),
+    "foam": Optimizer(functools.partial(galore_jax.foam, **MATRICES), 0.25),
+    "racs": Optimizer(functools.partial(galore_jax.racs, **MATRICES), 2.0),
     "optax_galore": Optimizer(
         optax_galore, 1.0, ("rank", "update_proj_gap", "scale"), whole_stacks=True
     ),
@@ -161,6 +169,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "lion8bit": Optimizer(galore_jax.lion8bit, 0.025),
     "sgd": Optimizer(functools.partial(optax.sgd, momentum=0.9), 10.0, decays=False),
     "muon": Optimizer(muon, 2.0),
+    "muon8bit": Optimizer(functools.partial(muon, make=galore_jax.muon8bit), 2.0),
 }
 
 
@@ -195,8 +204,7 @@ def create(
     if entry.decays:
         options["weight_decay"] = weight_decay
     if name in STACKED:
-        # The blocks are stacked: each layer's slice is a matrix with a projector of its own.
-        options["weight_dimension_numbers"] = galore_jax.matrix_axes
+        options |= MATRICES
         if target is not None:
             options["exclude"] = f"^(?!.*(?:{target}))"
     tx = entry.make(learning_rate, **options)

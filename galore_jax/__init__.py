@@ -17,10 +17,13 @@ from galore_jax.optimizers.alias import (
 )
 from galore_jax.optimizers.apollo import apollo, apollo_mini, scale_by_apollo
 from galore_jax.optimizers.column_norm import scale_by_column_norm, scale_sgd
-from galore_jax.optimizers.eightbit import scale_by_adam8bit, scale_by_lion8bit
+from galore_jax.optimizers.eightbit import scale_by_adam8bit, scale_by_lion8bit, trace8bit
 from galore_jax.optimizers.fira import fira, scale_by_fira
+from galore_jax.optimizers.foam import foam, scale_by_foam
 from galore_jax.optimizers.ldadam import ldadam, scale_by_ldadam
 from galore_jax.optimizers.muon import galore_muon
+from galore_jax.optimizers.muon8bit import muon8bit
+from galore_jax.optimizers.racs import racs, scale_by_row_and_column
 from galore_jax.rounding import apply_updates
 from galore_jax.sharding import state_sharding
 from galore_jax.state import GaLoreState
@@ -54,13 +57,19 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "scale_by_apollo",
     "ldadam",
     "scale_by_ldadam",
+    "foam",
+    "scale_by_foam",
+    "racs",
+    "scale_by_row_and_column",
     "scale_sgd",
     "scale_by_column_norm",
     # 8-bit states
     "adamw8bit",
     "lion8bit",
+    "muon8bit",
     "scale_by_adam8bit",
     "scale_by_lion8bit",
+    "trace8bit",
     # Gradients in the subspace
     "value_and_grad",
     "dot_general",

@@ -77,7 +77,7 @@ GRADIENTS = {
 NOT_FINITE = ("a NaN", "an infinity")
 
 
-def settings(count=40):
+def settings(count=24):
     """Settings that are taken, each value in as many as any other."""
     rng = np.random.default_rng(0)
     columns = []

@@ -56,7 +56,6 @@ def on_devices(tx, checked=True, **options):
         step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=checked))
 
 for hooked, checked, options in (
-    (False, False, dict(method="svd")),
     (True, True, dict(method="subspace", proj_type="full")),
     (True, False, dict(method="randomized", stagger=True, projector_dtype="int8")),
 ):
@@ -275,12 +274,12 @@ for sizes, names, shape, spec in (
 ):
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
     where, params = NamedSharding(mesh, spec), jax.ShapeDtypeStruct(shape, jnp.float32)
-    for tx in (galore_jax.adamw8bit(1e-2), galore_jax.lion8bit(1e-2)):
-        update = compiled_update(tx, params, where)
-        assert "all-gather" not in update.as_text(), (shape, tx)
-        p, g = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
-        state = jax.jit(tx.init, out_shardings=update.input_shardings[0][1])(p)
-        got = update(jax.device_put(g, where), state, jax.device_put(p, where))
-        alike(got, jax.jit(tx.update)(g, tx.init(p), p), 1e-6)
+    tx = galore_jax.adamw8bit(1e-2)
+    update = compiled_update(tx, params, where)
+    assert "all-gather" not in update.as_text(), (shape, tx)
+    p, g = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
+    state = jax.jit(tx.init, out_shardings=update.input_shardings[0][1])(p)
+    got = update(jax.device_put(g, where), state, jax.device_put(p, where))
+    alike(got, jax.jit(tx.update)(g, tx.init(p), p), 1e-6)
 """,
     )

@@ -13,6 +13,8 @@ from galore_jax.projector.project import bases
 torch = pytest.importorskip("torch", reason="needs the oracles extra")
 galore_torch = pytest.importorskip("galore_torch", reason="needs the oracles extra")
 
+pytestmark = pytest.mark.oracle
+
 SIDES = ("std", "reverse_std", "left", "right", "full")
 SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16)}  # (in, out)
 STEPS, GAP, RANK, LR, DECAY = 30, 15, 4, 1e-2, 0.1

@@ -40,6 +40,7 @@ def nearest(y, fmt):
     return (found if fmt.signed else np.maximum(found, np.asarray(y) > 0)), middles
 
 
+@pytest.mark.oracle
 def test_map_is_that_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs the oracles extra")
     for signed in (True, False):
@@ -82,6 +83,7 @@ def test_codes_are_the_nearest_levels(fmt):
     assert np.all(gap <= 10 * np.spacing(np.abs(x[wrong])))
 
 
+@pytest.mark.oracle
 @DYNAMICS
 def test_codes_of_bitsandbytes_itself(fmt):
     """Its CPU kernel is never nearer than ours, and agrees nearly always above 1e-3.

@@ -6,36 +6,16 @@ https://arxiv.org/abs/2110.02861, as in bitsandbytes' AdamW8bit and Lion8bit.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from galore_jax import quantize
 from galore_jax.boundary import transformation
-from galore_jax.compiler import in_one_piece
-from galore_jax.control import alike
-from galore_jax.matrix.layouts import stacked_vectors
-from galore_jax.matrix.trees import path_string
-from galore_jax.meshes import auto_mesh, uncut
+from galore_jax.optimizers.blockwise import check_state, init_moments, update_moments
 from galore_jax.precision import debias
-from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED, Format
-
-# Smaller leaves keep float32 moments, and norms and biases of however many layers: there is
-# little to save, and they matter.
-MIN_SIZE = 4096
-
-# A stack is processed slice by slice from this many numbers a slice on; smaller slices are
-# taken together, as a loop's turn would cost more than its work.
-_LOOP_SIZE = 2**14
-
-# Gradients from here on have no finite square.
-_LARGEST = math.sqrt(np.finfo(np.float32).max)
+from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED
 
 
 class ScaleByAdam8bitState(NamedTuple):
@@ -54,6 +34,14 @@ class ScaleByLion8bitState(NamedTuple):
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
     mu: optax.Updates  # uint8 codes; float32 momentum for small leaves
     mu_scale: optax.Updates  # float32, see `quantize.Encoded`; MaskedNode for small leaves
+
+
+class Trace8bitState(NamedTuple):
+    """State of `trace8bit`: trees like the parameters."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
+    trace: optax.Updates  # uint8 codes; float32 momentum for small leaves
+    trace_scale: optax.Updates  # float32, see `quantize.Encoded`; MaskedNode for small leaves
 
 
 def scale_by_adam8bit(
@@ -114,15 +102,16 @@ def scale_by_adam8bit(
 
     def init_fn(params):
         return ScaleByAdam8bitState(
-            jnp.zeros([], jnp.int32), *_init("adam", params, (DYNAMIC, DYNAMIC_UNSIGNED))
+            jnp.zeros([], jnp.int32),
+            *init_moments("scale_by_adam8bit", params, (DYNAMIC, DYNAMIC_UNSIGNED)),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_state("adam", state, ScaleByAdam8bitState)
+        check_state("scale_by_adam8bit", state, ScaleByAdam8bitState)
         count = optax.safe_increment(jnp.asarray(state.count))
         rates = b1, 1 - b1, b2, 1 - b2, eps, eps_root, debias(b1, count), debias(b2, count)
-        updates, moments, scales = _update(
+        updates, moments, scales = update_moments(
             _adam,
             rates,
             (DYNAMIC, DYNAMIC_UNSIGNED),
@@ -172,15 +161,17 @@ def scale_by_lion8bit(
     """
 
     def init_fn(params):
-        return ScaleByLion8bitState(jnp.zeros([], jnp.int32), *_init("lion", params, (DYNAMIC,)))
+        return ScaleByLion8bitState(
+            jnp.zeros([], jnp.int32), *init_moments("scale_by_lion8bit", params, (DYNAMIC,))
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_state("lion", state, ScaleByLion8bitState)
+        check_state("scale_by_lion8bit", state, ScaleByLion8bitState)
 
         count = optax.safe_increment(jnp.asarray(state.count))
         rates = b1, 1 - b1, b2, 1 - b2
-        updates, moments, scales = _update(
+        updates, moments, scales = update_moments(
             _lion, rates, (DYNAMIC,), updates, (state.mu,), (state.mu_scale,), params, count
         )
         return updates, ScaleByLion8bitState(count, *moments, *scales)
@@ -188,8 +179,59 @@ def scale_by_lion8bit(
     return transformation(init_fn, update_fn)
 
 
-# What both share: a step `(rates, g, *moments) -> (update, *moments)`; moments are a tuple of
-# trees, one for each format.
+def trace8bit(
+    decay: jax.typing.ArrayLike, nesterov: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum in 8 bits: `optax.trace` with its trace in codes.
+
+    .. math::
+        m = g + \mu D(m_8), \quad u = m \;\text{ or, with Nesterov's, }\; g + \mu m, \quad
+        m_8 = E(m)
+
+    Layout of the state, small leaves, dtypes and non-finite gradients as in `scale_by_adam8bit`.
+
+    Args:
+        decay: mu.
+        nesterov: use Nesterov momentum.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` whose state is a `Trace8bitState`.
+
+    Raises:
+        TypeError: as `scale_by_adam8bit`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from galore_jax import trace8bit
+        >>> tx = optax.chain(trace8bit(0.9), optax.scale_by_learning_rate(0.1))
+        >>> params = jnp.ones((64, 512))
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(jnp.ones_like(params), state, params)
+        >>> round(float(updates[0, 0]), 4), state[0].trace.dtype
+        (-0.19, dtype('uint8'))
+
+    References:
+        Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+        <https://arxiv.org/abs/2110.02861>`_, 2021
+    """
+    step = _nesterov if nesterov else _trace
+
+    def init_fn(params):
+        count = jnp.zeros([], jnp.int32)
+        return Trace8bitState(count, *init_moments("trace8bit", params, (DYNAMIC,)))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        check_state("trace8bit", state, Trace8bitState)
+        count = optax.safe_increment(jnp.asarray(state.count))
+        moments, scales = (state.trace,), (state.trace_scale,)
+        updates, moments, scales = update_moments(
+            step, (decay,), (DYNAMIC,), updates, moments, scales, params, count
+        )
+        return updates, Trace8bitState(count, *moments, *scales)
+
+    return transformation(init_fn, update_fn)
 
 
 def _adam(rates, g, m, v):
@@ -204,118 +246,13 @@ def _lion(rates, g, m):
     return jnp.sign(b1 * m + rest1 * g), b2 * m + rest2 * g
 
 
-def _check_state(name: str, state: Any, wanted: type) -> None:
-    if not isinstance(state, wanted):
-        raise TypeError(
-            f"scale_by_{name}8bit's state must be a {wanted.__name__}, got {type(state).__name__}. "
-            "A checkpoint has to be restored with a target: jax.eval_shape(tx.init, params), on a "
-            "mesh with the shardings of galore_jax.state_sharding"
-        )
+def _trace(rates, g, m):
+    (decay,) = rates
+    m = g + decay * m
+    return m, m
 
 
-def _init(name: str, params: optax.Params, formats: Sequence[Format]) -> list[optax.Updates]:
-    """Trees of the moments and then of their scales, for zeros."""
-
-    def leaf(path, x, vector):
-        shape, dtype = jnp.shape(x), jnp.result_type(x)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"scale_by_{name}8bit: leaf '{path_string(path)}' is {dtype}; moments in 8 bits "
-                "need real floating numbers. Keep it out with optax.masked or optax.partition"
-            )
-        if math.prod(shape) < MIN_SIZE or vector:
-            return [(jnp.zeros(shape, jnp.float32), optax.MaskedNode()) for _ in formats]
-        return [quantize.zeros(shape, fmt) for fmt in formats]
-
-    treedef = jax.tree.structure(params)
-    paths, vectors = jax.tree_util.tree_leaves_with_path(params), stacked_vectors(params)
-    leaves = [leaf(*x, vector) for x, vector in zip(paths, vectors, strict=True)]
-    return [
-        treedef.unflatten([made[i][part] for made in leaves])
-        for part in (0, 1)
-        for i in range(len(formats))
-    ]
-
-
-def _update(
-    step: Callable, rates, formats: tuple[Format, ...], updates, moments, scales, params, count
-):
-    """Apply a step to every leaf.
-
-    Returns:
-        Trees of the updates, and of each moment and its scales.
-    """
-    treedef = jax.tree.structure(updates)
-    grads = treedef.flatten_up_to(updates)
-    like = grads if params is None else treedef.flatten_up_to(params)
-    moments, scales = ([treedef.flatten_up_to(t) for t in trees] for trees in (moments, scales))
-
-    outs, new_moments, new_scales = [], [], []
-    leaves = zip(grads, like, zip(*moments, strict=True), zip(*scales, strict=True), strict=True)
-    for g, x, m, s in leaves:
-        if isinstance(s[0], optax.MaskedNode):
-            out, *m = _guarded(step, rates, g, *m)
-        else:
-            out, m, s = _quantised(step, rates, formats, g, m, s, jnp.result_type(x), count)
-        outs.append(out.astype(jnp.result_type(x)))
-        new_moments.append(m)
-        new_scales.append(s)
-
-    def trees(leaves):
-        return [treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(len(formats))]
-
-    return treedef.unflatten(outs), trees(new_moments), trees(new_scales)
-
-
-def _guarded(step: Callable, rates, g, *moments):
-    """Take a step with zeros in the place of what is not finite, or has no finite square."""
-    g = g.astype(jnp.float32)
-    good = jnp.abs(g) < _LARGEST
-    return step(rates, *(jnp.where(good, x, 0) for x in (g, *moments)))
-
-
-# Compiled once where steps are not.
-@functools.partial(jax.jit, static_argnames=("step", "formats", "dtype"))
-def _quantised(step: Callable, rates, formats, g, moments, scales, dtype, count):
-    """Take a step with one quantised leaf, a stack slice by slice."""
-
-    def decoded_step(g, codes, scales):
-        old = [quantize.decode(*args, g.shape) for args in zip(codes, scales, formats, strict=True)]
-        out, *new = _guarded(step, rates, g, *old)
-        return out.astype(dtype), new
-
-    def whole(g, codes, scales):
-        out, new = in_one_piece(decoded_step, count, g, codes, scales)
-        new = [quantize.encode_finite(x, f) for x, f in zip(new, formats, strict=True)]
-        return out, [x.codes for x in new], [x.scales for x in new]
-
-    moments, scales = list(moments), list(scales)
-    stacks = range(1, g.ndim - 1)
-    loops = max([k for k in stacks if math.prod(g.shape[k:]) >= _LOOP_SIZE], default=0)
-    # On a mesh a loop over an axis that is cut would bring along all of it.
-    if (mesh := auto_mesh(g)) is not None:
-        axis, blocks, _ = quantize.layout(g.shape)
-        if all(blocks % parts == 0 for parts in mesh.shape.values()):
-            return whole(g, moments, scales)
-        # Moments lie so that no device has a part of a block, and so must what meets them: left
-        # to itself XLA gathers all of them where a weight's parts are parts of blocks.
-        out, *new = whole(uncut(mesh, g, axis), moments, scales)
-        return uncut(mesh, out, axis), *new
-    if not loops:
-        return whole(g, moments, scales)
-
-    # In place, the update over the gradient: the carry needs no second buffer where its first
-    # is donated or at the end of its life.
-    def turn(i, carry):
-        at = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), carry)
-        return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), i, 0),
-            carry,
-            whole(*at),
-        )
-
-    start = g.astype(jnp.promote_types(g.dtype, dtype)), moments, scales
-    turns = math.prod(g.shape[:loops])
-    carry = jax.tree.map(lambda x: x.reshape(turns, *x.shape[loops:]), start)
-    carry = jax.lax.fori_loop(0, turns, turn, alike(carry))
-    return jax.tree.map(lambda x, old: x.reshape(old.shape), carry, start)
+def _nesterov(rates, g, m):
+    (decay,) = rates
+    m = g + decay * m
+    return g + decay * m, m

@@ -14,10 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import checks
-from galore_jax.boundary import transformation
-from galore_jax.matrix.plan import sites, warn_about
-from galore_jax.matrix.view import MatrixView
-from galore_jax.optimizers.wrap import in_float32, with_rate
+from galore_jax.optimizers.matrices import beside_adam, over_matrices
 from galore_jax.projector.project import contract
 from galore_jax.projector.shares import in_shares
 from galore_jax.settings import GaLoreOptions, Settings, takes
@@ -114,36 +111,23 @@ def galore_muon(
         **{**options, "scale": 1.0, "residual": optax.scale(1 / (1 - momentum**2) ** 0.5)},
     )
 
-    def labels(params):
-        names = ["muon" if isinstance(x, MatrixView) else "adam" for x in settings.plan(params)]
-        return jax.tree.unflatten(jax.tree.structure(params), names)
-
-    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    tx = optax.partition(
-        {
-            "muon": with_rate(
-                optax.chain(in_subspace, _orthogonalised(settings)),
-                learning_rate,
-                weight_decay,
-                mask,
-            ),
-            "adam": in_float32(
-                with_rate(optax.scale_by_adam(b1, b2, eps), adam_rate, weight_decay, mask)
-            ),
-        },
-        labels,
+    matrices = optax.chain(in_subspace, over_matrices(_orthogonalised(), settings))
+    tx = beside_adam(
+        matrices,
+        settings,
+        learning_rate,
+        adam_learning_rate,
+        optax.scale_by_adam(b1, b2, eps),
+        weight_decay,
+        mask,
+        "muon",
     )
-
-    def init_fn(params):
-        # `in_subspace` does not see the leaves that it should miss.
-        warn_about(settings.plan(params))
-        return tx.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         checks.check_full(updates, "galore_muon")
         return tx.update(updates, state, params, **extra_args)
 
-    return transformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:
@@ -163,20 +147,13 @@ def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:
     return x
 
 
-def _orthogonalised(settings: Settings) -> optax.GradientTransformation:
+def _orthogonalised() -> optax.GradientTransformation:
     """Muon's step from its momentum: orthogonal matrices, scaled for their shape."""
 
-    def scaled(view: MatrixView, u: jax.Array, new: jax.Array) -> jax.Array:
-        return view.from_matrix(max(1, view.n / view.m) ** 0.5 * new).astype(u.dtype)
-
     def update(updates, params):
-        like = updates if params is None else params
-        where = sites(settings.plan(like), jax.tree.structure(like))
-        given = where.pick(updates)
-        matrices = [
-            view.to_matrix(u).astype(view.dtype) for view, u in zip(where.views, given, strict=True)
-        ]
-        new = in_shares(orthogonalise, matrices)
-        return where.put(map(scaled, where.views, given, new), updates)
+        del params
+        leaves, treedef = jax.tree.flatten(updates)
+        new = in_shares(orthogonalise, leaves)
+        return treedef.unflatten([max(1, x.shape[-1] / x.shape[-2]) ** 0.5 * x for x in new])
 
     return optax.stateless(update)

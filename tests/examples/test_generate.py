@@ -209,6 +209,7 @@ def test_weights_on_a_mesh_give_the_same_text():
 # --- Against transformers ---
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", once_but({"llama3"}, GENERATED))
 def test_greedy_text_equals_transformers(name, tmp_path):
     model = oracle(name)

@@ -113,6 +113,7 @@ def their_logits(model, tokens: np.ndarray) -> np.ndarray:
         return model.float()(torch.from_numpy(tokens)).logits.numpy()
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", once_but({"llama3", "smollm3_window"}, STYLES))
 def test_logits_equal_transformers_both_ways(name, tmp_path):
     model = oracle(name)
@@ -131,6 +132,7 @@ def test_logits_equal_transformers_both_ways(name, tmp_path):
     }
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "smollm3"])
 def test_bfloat16_in_several_files(name, tmp_path):

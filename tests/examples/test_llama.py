@@ -55,6 +55,7 @@ def from_transformers(oracle, config: llama.LlamaConfig) -> dict:
     return params
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(name):
     torch = pytest.importorskip("torch", reason="needs the oracles extra")

@@ -92,6 +92,7 @@ def their_logits(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return model.float()(tokens, attention_mask=mask).logits.numpy()
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", once_but({"seven"}, STYLES))
 def test_logits_equal_transformers_both_ways(name, tmp_path):
     model = oracle(name)
@@ -113,6 +114,7 @@ def test_logits_equal_transformers_both_ways(name, tmp_path):
     }
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_bfloat16_in_several_files(tmp_path):
     model = oracle("seven", dtype="bfloat16")
@@ -131,6 +133,7 @@ def test_bfloat16_in_several_files(tmp_path):
     np.testing.assert_allclose(logits(config, params, *given), expected, atol=1e-4)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", once_but({"two labels"}, ["two labels", "seven"]))
 def test_a_language_model_gets_a_new_head(name, tmp_path, capsys):
     model = oracle(name, "MaskedLM")
@@ -153,6 +156,7 @@ def test_a_language_model_gets_a_new_head(name, tmp_path, capsys):
         assert (theirs.roberta.state_dict()[key] == value).all(), key
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 def test_unmasked_text_as_long_as_the_table(tmp_path):
     model = oracle("two labels")

@@ -61,4 +61,17 @@ def scale(**_):
     return galore_jax.scale_sgd(RATE, weight_decay=0.1, output_layer="head|^w")
 
 
-MEMBERS = IN_SUBSPACE | FULL | {"scale": scale}  # which projects nothing
+def matrices(make):
+    def made(weight_dimension_numbers=None, **_):
+        return make(RATE, weight_decay=0.1, weight_dimension_numbers=weight_dimension_numbers)
+
+    return made
+
+
+# Those that project nothing.
+UNPROJECTED = {
+    "scale": scale,
+    "foam": matrices(galore_jax.foam),
+    "racs": matrices(galore_jax.racs),
+}
+MEMBERS = IN_SUBSPACE | FULL | UNPROJECTED

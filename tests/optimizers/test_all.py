@@ -43,7 +43,7 @@ def test_a_stacked_leaf_is_its_layers(name):
         np.testing.assert_allclose(got[k[0]][int(k[1])], w, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in MEMBERS if n != "scale" and "muon" not in n])
+@pytest.mark.parametrize("name", [n for n in IN_SUBSPACE | FULL if "muon" not in n])
 def test_leaves_outside_have_a_scale_of_their_own(name):
     # Weights of zero do not decay, so that the whole step is seen.
     params = params_like({"w": (8, 12)}) | {"bias": jnp.zeros(12), "head": jnp.zeros((8, 12))}
@@ -166,6 +166,8 @@ INJECTED = {
     "ldadam": (galore_jax.ldadam, ("rank", "weight_dimension_numbers")),
     "galore_muon": (galore_jax.galore_muon, ("rank", "weight_dimension_numbers")),
     "scale_sgd": (galore_jax.scale_sgd, ()),
+    "foam": (galore_jax.foam, ("level", "weight_dimension_numbers")),
+    "racs": (galore_jax.racs, ("weight_dimension_numbers",)),
 }
 
 
@@ -173,7 +175,7 @@ INJECTED = {
 @pytest.mark.parametrize("name", INJECTED)
 def test_hyperparameters_can_be_injected(name):
     make, static = INJECTED[name]
-    options = {} if name == "scale_sgd" else {k: v for k, v in OPTIONS.items() if k in static}
+    options = {k: v for k, v in OPTIONS.items() if k in static}
     tx = optax.inject_hyperparams(make, static_args=static)(learning_rate=0.1, **options)
     params = params_like({"w": (2, 8, 12), "lm_head": (8, 20)})
     state = tx.init(params)

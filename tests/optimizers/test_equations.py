@@ -307,6 +307,94 @@ def test_newton_schulz_is_optaxs():
         assert values.min() > 0.3 and values.max() < 1.3
 
 
+def folded(x, width):
+    """Means of neighbours on the last axis, and what repeats them."""
+    starts = range(0, x.shape[-1], width)
+    means = np.stack([x[..., i : i + width].mean(-1) for i in starts], -1)
+    return means, lambda m: np.repeat(m, width, -1)[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize(("level", "gamma"), [(0, 1e6), (2, 1e6), (1, 1.01)])
+def test_foam(level, gamma):
+    tx = galore_jax.foam(RATE, weight_decay=DECAY, level=level, scale=0.5, gamma=gamma)
+    params, states = run(tx)
+    assert states[0].inner_states["foam"].inner_state[0][0].mu["wide"].shape == (
+        8,
+        -(-14 // 2**level),
+    )
+    binds = []
+
+    def foam(w, grads, projector, tall):
+        del projector
+        adam, last = Adam(), None
+        for g in [g.T if tall else g for g in grads]:
+            mean, repeat = folded(g, 2**level)
+            adam(mean)
+            rest = g - repeat(mean)
+            m, v = repeat(adam.mu_hat) + rest, repeat(adam.nu_hat) + rest**2
+            u = m / (np.sqrt(v) + 1e-8)
+            binds.append(last is not None and np.linalg.norm(u) > gamma * last)
+            u, last = limited(u, last, gamma)
+            w = w - RATE * (0.5 * (u.T if tall else u) + DECAY * w)
+        return w
+
+    check(params, by_matrix(foam, None))
+    assert any(binds) == (gamma < 2)
+    if level == 0:  # Nothing is folded: Adam.
+        check(params, run(optax.adamw(RATE * 0.5, weight_decay=2 * DECAY))[0])
+
+
+def test_racs():
+    tx = galore_jax.racs(RATE, 0.9, DECAY, scale=0.05, gamma=1.01)
+    params, states = run(tx)
+    numbers = [x.size for x in jax.tree.leaves(states[0].inner_states["racs"])]
+    assert sum(numbers) == 2 * (8 + 14 + 1)
+
+    def racs(w, grads, projector, tall):
+        del projector
+        rows, columns, last = 0.0, 0.0, None
+        for g in [g.T if tall else g for g in grads]:
+            q = np.ones(len(g))
+            for _ in range(5):
+                s = (g**2).T @ q / (q @ q)
+                q = g**2 @ s / (s @ s)
+            rows, columns = 0.9 * rows + 0.1 * q, 0.9 * columns + 0.1 * s
+            u = g / np.sqrt(np.outer(rows, columns))
+            u, last = limited(u, last, 1.01)
+            w = w - RATE * (0.05 * (u.T if tall else u) + DECAY * w)
+        return w
+
+    check(params, by_matrix(racs, None))
+
+
+@pytest.mark.parametrize("factor", [1e-17, 1e-6, 1e17])
+def test_racs_at_any_size_of_gradient(factor):
+    """Squares of squares neither vanish nor overflow, and a row or column of zeros stays."""
+    g = jnp.asarray(low_rank_gradient(0, 8, 14)).at[2].set(0).at[:, 3].set(0)
+    tx = galore_jax.scale_by_row_and_column()
+    want, _ = tx.update(g, tx.init(g))
+    got, state = tx.update(factor * g, tx.init(g))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    assert not np.any(got[2]) and not np.any(got[:, 3])
+    again, _ = tx.update(0 * g, state)
+    assert not np.any(again)
+
+
+@pytest.mark.parametrize("make", [galore_jax.foam, galore_jax.racs])
+def test_what_is_no_matrix_takes_adamws_steps(make):
+    params = params_like({"w": (8, 14), "bias": (14,), "head": (6, 10)})
+    got, _ = train(make(RATE, weight_decay=DECAY, adam_learning_rate=0.005), params, 5)
+    want, _ = train(optax.adamw(0.005, weight_decay=DECAY), params, 5)
+    for name in ("bias", "head"):
+        np.testing.assert_allclose(got[name], want[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [-1, 1.5, True])
+def test_foams_level_is_a_whole_number(level):
+    with pytest.raises(ValueError, match="level must be a whole number"):
+        galore_jax.foam(0.1, level=level)
+
+
 def test_scale():
     shapes = {"embed": (10, 6), "mlp": (2, 6, 8), "norm": (2, 6), "lm_head": (6, 10)}
     params = params_like(shapes)

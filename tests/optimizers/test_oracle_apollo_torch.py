@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch", reason="needs the oracles extra")
 apollo_torch = pytest.importorskip("apollo_torch", reason="needs the oracles extra")
 random_projector = pytest.importorskip("apollo_torch.random_projector")
 
+pytestmark = pytest.mark.oracle
+
 SHAPES = {"square": (10, 10), "tall": (20, 12), "wide": (12, 20)}  # (in, out)
 STEPS, GAP, RANK, RATE, DECAY = 20, 7, 4, 1e-2, 0.1
 

@@ -1,0 +1,154 @@
+"""Elementwise steps with moments in 8 bits, in blocks with a float32 scale each.
+
+What `galore_jax.optimizers.eightbit` is made of. A step is `(rates, g, *moments) -> (update,
+*moments)`, in float32; moments are a tuple of trees, one for each format.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax import quantize
+from galore_jax.compiler import in_one_piece
+from galore_jax.control import alike
+from galore_jax.matrix.layouts import stacked_vectors
+from galore_jax.matrix.trees import path_string
+from galore_jax.meshes import auto_mesh, uncut
+from galore_jax.quantize import Format
+
+# Smaller leaves keep float32 moments, and norms and biases of however many layers: there is
+# little to save, and they matter.
+MIN_SIZE = 4096
+
+# A stack is processed slice by slice from this many numbers a slice on; smaller slices are
+# taken together, as a loop's turn would cost more than its work.
+_LOOP_SIZE = 2**14
+
+# Gradients from here on have no finite square.
+_LARGEST = math.sqrt(np.finfo(np.float32).max)
+
+
+def check_state(name: str, state: Any, wanted: type) -> None:
+    """Refuse what a checkpoint gives that was restored without a target."""
+    if not isinstance(state, wanted):
+        raise TypeError(
+            f"{name}'s state must be a {wanted.__name__}, got {type(state).__name__}. "
+            "A checkpoint has to be restored with a target: jax.eval_shape(tx.init, params), on a "
+            "mesh with the shardings of galore_jax.state_sharding"
+        )
+
+
+def init_moments(name: str, params: optax.Params, formats: Sequence[Format]) -> list[optax.Updates]:
+    """Trees of the moments and then of their scales, for zeros."""
+
+    def leaf(path, x, vector):
+        shape, dtype = jnp.shape(x), jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: leaf '{path_string(path)}' is {dtype}; moments in 8 bits "
+                "need real floating numbers. Keep it out with optax.masked or optax.partition"
+            )
+        if math.prod(shape) < MIN_SIZE or vector:
+            return [(jnp.zeros(shape, jnp.float32), optax.MaskedNode()) for _ in formats]
+        return [quantize.zeros(shape, fmt) for fmt in formats]
+
+    treedef = jax.tree.structure(params)
+    paths, vectors = jax.tree_util.tree_leaves_with_path(params), stacked_vectors(params)
+    leaves = [leaf(*x, vector) for x, vector in zip(paths, vectors, strict=True)]
+    return [
+        treedef.unflatten([made[i][part] for made in leaves])
+        for part in (0, 1)
+        for i in range(len(formats))
+    ]
+
+
+def update_moments(
+    step: Callable, rates, formats: tuple[Format, ...], updates, moments, scales, params, count
+):
+    """Apply a step to every leaf.
+
+    Returns:
+        Trees of the updates, and of each moment and its scales.
+    """
+    treedef = jax.tree.structure(updates)
+    grads = treedef.flatten_up_to(updates)
+    like = grads if params is None else treedef.flatten_up_to(params)
+    moments, scales = ([treedef.flatten_up_to(t) for t in trees] for trees in (moments, scales))
+
+    outs, new_moments, new_scales = [], [], []
+    leaves = zip(grads, like, zip(*moments, strict=True), zip(*scales, strict=True), strict=True)
+    for g, x, m, s in leaves:
+        if isinstance(s[0], optax.MaskedNode):
+            out, *m = _guarded(step, rates, g, *m)
+        else:
+            out, m, s = _quantised(step, rates, formats, g, m, s, jnp.result_type(x), count)
+        outs.append(out.astype(jnp.result_type(x)))
+        new_moments.append(m)
+        new_scales.append(s)
+
+    def trees(leaves):
+        return [treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(len(formats))]
+
+    return treedef.unflatten(outs), trees(new_moments), trees(new_scales)
+
+
+def _guarded(step: Callable, rates, g, *moments):
+    """Take a step with zeros in the place of what is not finite, or has no finite square."""
+    g = g.astype(jnp.float32)
+    good = jnp.abs(g) < _LARGEST
+    return step(rates, *(jnp.where(good, x, 0) for x in (g, *moments)))
+
+
+# Compiled once where steps are not.
+@functools.partial(jax.jit, static_argnames=("step", "formats", "dtype"))
+def _quantised(step: Callable, rates, formats, g, moments, scales, dtype, count):
+    """Take a step with one quantised leaf, a stack slice by slice."""
+
+    def decoded_step(g, codes, scales):
+        old = [quantize.decode(*args, g.shape) for args in zip(codes, scales, formats, strict=True)]
+        out, *new = _guarded(step, rates, g, *old)
+        return out.astype(dtype), new
+
+    def whole(g, codes, scales):
+        out, new = in_one_piece(decoded_step, count, g, codes, scales)
+        new = [quantize.encode_finite(x, f) for x, f in zip(new, formats, strict=True)]
+        return out, [x.codes for x in new], [x.scales for x in new]
+
+    moments, scales = list(moments), list(scales)
+    stacks = range(1, g.ndim - 1)
+    loops = max([k for k in stacks if math.prod(g.shape[k:]) >= _LOOP_SIZE], default=0)
+    # On a mesh a loop over an axis that is cut would bring along all of it.
+    if (mesh := auto_mesh(g)) is not None:
+        axis, blocks, _ = quantize.layout(g.shape)
+        if all(blocks % parts == 0 for parts in mesh.shape.values()):
+            return whole(g, moments, scales)
+        # Moments lie so that no device has a part of a block, and so must what meets them: left
+        # to itself XLA gathers all of them where a weight's parts are parts of blocks.
+        out, *new = whole(uncut(mesh, g, axis), moments, scales)
+        return uncut(mesh, out, axis), *new
+    if not loops:
+        return whole(g, moments, scales)
+
+    # In place, the update over the gradient: the carry needs no second buffer where its first
+    # is donated or at the end of its life.
+    def turn(i, carry):
+        at = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), carry)
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), i, 0),
+            carry,
+            whole(*at),
+        )
+
+    start = g.astype(jnp.promote_types(g.dtype, dtype)), moments, scales
+    turns = math.prod(g.shape[:loops])
+    carry = jax.tree.map(lambda x: x.reshape(turns, *x.shape[loops:]), start)
+    carry = jax.lax.fori_loop(0, turns, turn, alike(carry))
+    return jax.tree.map(lambda x, old: x.reshape(old.shape), carry, start)
