@@ -10,9 +10,9 @@ with the same first weights and the same batches, seed by seed. The methods diff
 do with the kernels of the blocks; embeddings, head and norms are AdamW's in all of them, at one
 learning rate that was picked with AdamW. The learning rate of the kernels is picked for each
 method by the validation loss of runs of half the length with another seed: from a first guess up
-and down by factors of two, until the best has a worse one on either side. Variants of GaLore take
-GaLore's. On another text (`man`: the manual pages of the machine, or files that are named) nothing
-is picked: rates are those of the first one's JSON.
+and down by factors of two, until the best has a worse one on either side. Variants of a method, in
+fewer bits or with another option, take its own. On another text (`man`: the manual pages of the
+machine, or files that are named) nothing is picked: rates are those of the first one's JSON.
 
 Runs lie in a folder of their own and are not taken twice; one that was cut off goes on from its
 last checkpoint. So call it again after an interruption, or with `--methods` for some rows: rows
@@ -55,15 +55,17 @@ class Method:
     rate_of: str | None = None  # the method whose rate it takes, being a variant of it
 
 
-_MUON = ("--optimizer", "galore_muon", "--update-proj-gap", "200")
+_MUON, _MUON_INT8 = (
+    ("--optimizer", name, "--update-proj-gap", "200") for name in ("galore_muon", "galore_muon8bit")
+)
 
 
 def _variant(*flags: str) -> Method:
     return Method(("--optimizer", "galore_adamw", *flags), 8e-3, "tab:green", "GaLore")
 
 
-def _muon_variant(*flags: str) -> Method:
-    return Method((*_MUON, *flags), 0.02, "tab:orange", "galore_muon")
+def _muon_variant(*flags: str, of: tuple[str, ...] = _MUON) -> Method:
+    return Method((*of, *flags), 0.02, "tab:orange", "galore_muon")
 
 
 METHODS = {
@@ -83,8 +85,10 @@ METHODS = {
     "SCALE": Method(("--optimizer", "scale_sgd"), 2e-3, "tab:gray"),
     "FOAM-2": Method(("--optimizer", "foam"), 1e-3, "tab:pink"),
     "RACS": Method(("--optimizer", "racs"), 0.02, "tab:olive"),
-    "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "tab:red"),
+    "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "tab:red", "Muon"),
     "galore_muon": Method(_MUON, 0.02, "tab:orange"),
+    "galore_muon, int8": _muon_variant(of=_MUON_INT8),
+    "galore_muon, int8, rank 64": _muon_variant("--rank", "64", of=_MUON_INT8),
     "galore_muon, rank 64": _muon_variant("--rank", "64"),
     "galore_muon, rank 8": _muon_variant("--rank", "8"),
     "galore_muon, random directions": _muon_variant("--method", "random"),

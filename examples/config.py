@@ -100,7 +100,7 @@ class Memory:
 
     tier: training.Tier = "full"
     """How much of the gradient exists at once: `full`, all of it; `subspace`, its projection
-    (for the galore_ optimizers but galore_muon); `layerwise`, that of one layer, whose weights
+    (for the galore_ optimizers but galore_muon's); `layerwise`, that of one layer, whose weights
     change in the backward pass (turns --remat on; one microbatch; --clip takes a second one)."""
     remat: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""

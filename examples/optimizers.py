@@ -129,6 +129,7 @@ GALORE = (
 )
 _galore = functools.partial(Optimizer, options=GALORE, in_subspace=True)
 _outside = functools.partial(Optimizer, options=GALORE)
+_MUON = tuple(name for name in GALORE if name != "scale")
 _MINI = ("update_proj_gap", "proj_type", "method")
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -146,8 +147,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "galore_sgd": _galore(
         functools.partial(galore_jax.galore_sgd, momentum=0.9), 40.0, decays=False
     ),
-    "galore_muon": Optimizer(
-        galore_jax.galore_muon, 2.0, tuple(name for name in GALORE if name != "scale")
+    "galore_muon": Optimizer(galore_jax.galore_muon, 2.0, _MUON),
+    "galore_muon8bit": Optimizer(
+        functools.partial(galore_jax.galore_muon, accumulator_dtype="int8"), 2.0, _MUON
     ),
     "fira": _outside(galore_jax.fira, 1.0),
     "frugal": _outside(frugal, 1.0),

@@ -1,5 +1,6 @@
 """The quality benchmark's own logic: picking rates, going on, judging; and one quick run."""
 
+import gzip
 import itertools
 import json
 import math
@@ -173,3 +174,34 @@ def test_labels_of_rows_alike_do_not_touch():
     for a, b in itertools.combinations(boxes, 2):
         assert not a.overlaps(b)
     assert boxes[-1].bounds == free
+
+
+def test_manual_pages_are_a_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "_MAN_BYTES", 5000)
+    root, long = tmp_path / "man", "word " * 600
+    for name, content in {
+        "man1/b.1.gz": long.encode(),
+        "man7/a.7.gz": ("other " + long).encode(),
+        "man7/same.7.gz": ("other " + long).encode(),
+        "man7/short.7.gz": b".so man7/a.7",
+        "man7/latin.7.gz": b"\xe9" * 3000,
+        "man3/c.3.gz": long.encode(),
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(gzip.compress(content))
+    folder = quality.write_manual_pages(tmp_path / "texts", root)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.7.txt", "b.1.txt"]
+    assert quality.write_manual_pages(folder, tmp_path / "gone") == folder  # they stay as they are
+    with pytest.raises(SystemExit, match="give --text FILES"):
+        quality.write_manual_pages(tmp_path / "none", tmp_path / "gone")
+
+
+def test_another_text_takes_the_rates_of_the_first(tmp_path, capsys):
+    budget = quality.BUDGETS["quick"]
+    other = quality.on_text(budget, str(tmp_path / "plays.txt"), tmp_path)
+    assert other.flags == (*budget.flags, "--data", str(tmp_path / "plays.txt"))
+    assert quality.on_text(budget, quality.STDLIB, tmp_path) == budget
+    few = ["--quick", "--runs", str(tmp_path), "--out", str(tmp_path), "--text", "plays.txt"]
+    with pytest.raises(SystemExit):
+        quality.main([*few, "--methods", "AdamW", "8-bit Muon"])
+    assert "measure AdamW, Muon on stdlib first" in capsys.readouterr().err

@@ -25,9 +25,11 @@ from galore_jax.precision import debias
 from galore_jax.projector.project import bases, contract
 from galore_jax.projector.refresh import Projectors
 from galore_jax.projector.storage import Stored
+from galore_jax.quantize import DYNAMIC, decode, encode
 
 POLICIES = ("keep", "reset", "rotate")
 _FIRST, _SECOND = ("mu", "trace"), "nu"
+_SCALE = "_scale"
 
 # (tree of the inner state) -> (tree of the next inner state), at this step's gradient
 NextState = Callable[[Any], Any]
@@ -44,10 +46,17 @@ def check(init: Any, inner_state: Any, params: Any, plan: Plan, moments: str) ->
     """Raise when the inner state holds low-rank arrays that no rule is known for."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(inner_state)
     numbered = treedef.unflatten(range(len(leaves)))
-    known = {i for node in _nodes(numbered) for i in jax.tree.leaves(_moment_trees(node))}
+    known, scales = set(), set()
+    for node in _nodes(numbered):
+        # Decay rates, which a second moment needs, are not to be read off codes.
+        if _SECOND not in node._fields or not _scale_trees(node):
+            known.update(jax.tree.leaves(_moment_trees(node)))
+            scales.update(jax.tree.leaves(_scale_trees(node)))
     for i, owner in enumerate(owners(init, inner_state, params)):
         leaf, (path, x) = None if owner is None else plan[owner], leaves[i]
-        if isinstance(leaf, MatrixView) and (i not in known or jnp.shape(x) != leaf.low_rank_shape):
+        if not isinstance(leaf, MatrixView) or i in scales:
+            continue
+        if i not in known or jnp.shape(x) != leaf.low_rank_shape:
             raise ValueError(
                 f"moments='{moments}' knows states with fields mu, nu or trace of the gradient's "
                 f"shape; the inner optimizer keeps {jax.tree_util.keystr(path)} of shape "
@@ -91,14 +100,14 @@ def _rotate(inner_state, next_state, where: Sites, old, now: Projectors) -> Any:
 
     def turn_node(node, decay):
         debias1, debias2 = (_debias(b, node) for b in decay)
-        fields = {k: where.flatten(v) for k, v in _moment_trees(node).items()}
+        held = _Held(node, where)
         changes = zip(where.views, where.at, old, now.stored, now.renewed, strict=True)
         for view, at, p, q, renewed in changes:
             c = [
                 None if a is None or b is None else contract(b, -2, a, -2)
                 for a, b in zip(bases(view, p), bases(view, q), strict=True)
             ]
-            before = {k: v[at] for k, v in fields.items() if isinstance(v[at], jax.Array)}
+            before = held.at(at)
             wide = {k: v.astype(view.dtype) for k, v in before.items()}
             after = {k: _change_basis(c, wide[k]) for k in _FIRST if k in wide}
             if _SECOND in wide:
@@ -110,10 +119,8 @@ def _rotate(inner_state, next_state, where: Sites, old, now: Projectors) -> Any:
                 moved = _change_basis(squared, variance) + _change_basis(c, mean) ** 2
                 after[_SECOND] = debias2 * jnp.abs(moved)
             for k, x in after.items():
-                fields[k][at] = jnp.where(
-                    renewed[..., None, None], x.astype(before[k].dtype), before[k]
-                )
-        return node._replace(**{k: where.treedef.unflatten(v) for k, v in fields.items()})
+                held.put(k, at, renewed, x.astype(before[k].dtype))
+        return held.node()
 
     def turned():
         decays = _decay_rates(inner_state, next_state, where)
@@ -128,13 +135,11 @@ def _reset(inner_state, where: Sites, now: Projectors) -> Any:
     """Zero the moments of matrices with a new basis."""
 
     def zero_node(node):
-        fields = {k: where.flatten(v) for k, v in _moment_trees(node).items()}
+        held = _Held(node, where)
         for at, renewed in zip(where.at, now.renewed, strict=True):
-            for arrays in fields.values():
-                if isinstance(arrays[at], jax.Array):
-                    zeroed = jnp.where(renewed[..., None, None], 0, arrays[at])
-                    arrays[at] = zeroed.astype(arrays[at].dtype)
-        return node._replace(**{k: where.treedef.unflatten(v) for k, v in fields.items()})
+            for k, x in held.at(at).items():
+                held.put(k, at, renewed, jnp.zeros_like(x))
+        return held.node()
 
     return _map_nodes(zero_node, inner_state)
 
@@ -168,6 +173,48 @@ def _reset_correction(inner_state, next_state, where: Sites, ages: Sequence[jax.
     ]
 
 
+class _Held:
+    """The moments of a state by leaf, of which some may be 8-bit codes."""
+
+    def __init__(self, node: Any, where: Sites):
+        self.before, self.where = node, where
+        self.fields = {k: where.flatten(v) for k, v in _moment_trees(node).items()}
+        self.scales = {k: where.flatten(v) for k, v in _scale_trees(node).items()}
+
+    def at(self, at: int) -> dict[str, jax.Array]:
+        """The moments of a leaf, as numbers."""
+        found = {k: v[at] for k, v in self.fields.items() if isinstance(v[at], jax.Array)}
+        for k, x in found.items():
+            if (scales := self._scales(k, at)) is not None:
+                found[k] = decode(x, scales, DYNAMIC, x.shape)
+        return found
+
+    def put(self, name: str, at: int, renewed: jax.Array, new: jax.Array) -> None:
+        """Replace a moment of the matrices that have a new basis."""
+
+        def chosen(new, old):
+            return jnp.where(renewed[..., None, None], new, old)
+
+        codes, scales = self.fields[name][at], self._scales(name, at)
+        if scales is None:
+            self.fields[name][at] = chosen(new, codes)
+            return
+        made = encode(new, DYNAMIC)
+        self.fields[name][at] = chosen(made.codes, codes)
+        self.scales[name][at] = chosen(made.scales, scales)
+
+    def node(self) -> Any:
+        """The state with what was put."""
+        fields = self.fields | {k + _SCALE: v for k, v in self.scales.items()}
+        return self.before._replace(
+            **{k: self.where.treedef.unflatten(v) for k, v in fields.items()}
+        )
+
+    def _scales(self, name: str, at: int) -> jax.Array | None:
+        scales = self.scales[name][at] if name in self.scales else None
+        return scales if isinstance(scales, jax.Array) else None
+
+
 def _is_node(x: Any) -> bool:
     return hasattr(x, "_fields") and any(f in x._fields for f in (*_FIRST, _SECOND))
 
@@ -182,6 +229,11 @@ def _map_nodes(fn: Callable[[Any], Any], state: Any) -> Any:
 
 def _moment_trees(node: Any) -> dict[str, Any]:
     return {k: getattr(node, k) for k in (*_FIRST, _SECOND) if k in node._fields}
+
+
+def _scale_trees(node: Any) -> dict[str, Any]:
+    """By moment its blocks' scales, where it is kept in 8 bits."""
+    return {k: getattr(node, k + _SCALE) for k in _moment_trees(node) if k + _SCALE in node._fields}
 
 
 def _change_basis(c: Sequence[jax.Array | None], x: jax.Array) -> jax.Array:

@@ -7,14 +7,16 @@ low-rank array and no second moment, and what lies outside of it is the present 
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from galore_jax import checks
+from galore_jax.optimizers.eightbit import trace8bit
 from galore_jax.optimizers.matrices import beside_adam, over_matrices
+from galore_jax.precision import debias
 from galore_jax.projector.project import contract
 from galore_jax.projector.shares import in_shares
 from galore_jax.settings import GaLoreOptions, Settings, takes
@@ -23,6 +25,8 @@ from galore_jax.transform import galore
 # Of the quintic iteration of Muon and optax.contrib.muon: the steepest at zero.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
+
+_TINY = 1e-20
 
 
 @takes(
@@ -39,6 +43,7 @@ def galore_muon(
     *,
     nesterov: bool = True,
     accumulator_dtype: Any = None,
+    neuron_b2: jax.typing.ArrayLike | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -54,10 +59,11 @@ def galore_muon(
         M &= P (R + \mu B) + (G - P R) / \sqrt{1 - \mu^2} \\
         W &\leftarrow W - \eta \left(\sqrt{\max(1, n / m)}\; \mathrm{NS}(M) + \lambda W\right)
 
-    where NS is Newton-Schulz orthogonalisation. In the subspace M is Muon's (Nesterov) momentum,
-    outside of it the present gradient, weighted so that its noise is as large as that of B, a sum
-    of gradients with weights :math:`\mu^k`. The update has full rank, the state has r: r n
-    numbers, B, where `galore_adamw` keeps r (m + 2 n) and Muon m n. Leaves that are not
+    where NS is Newton-Schulz orthogonalisation, and with `neuron_b2` its columns are divided by
+    what they are on average (NorMuon), at the same norm. In the subspace M is Muon's (Nesterov)
+    momentum, outside of it the present gradient, weighted so that its noise is as large as that of
+    B, a sum of gradients with weights :math:`\mu^k`. The update has full rank, the state has r:
+    r n numbers, B, where `galore_adamw` keeps r (m + 2 n) and Muon m n. Leaves that are not
     projected take AdamW steps.
 
     Orthogonalised, all directions of a matrix count the same, so a subspace of the gradient's
@@ -71,7 +77,10 @@ def galore_muon(
         weight_decay: lambda, decoupled, acting on the full weight.
         mask: tree of bools, or callable giving one: which leaves decay.
         nesterov: use Nesterov momentum; otherwise M = P B in the subspace.
-        accumulator_dtype: of B, such as "bfloat16"; by default float32.
+        accumulator_dtype: of B, such as "bfloat16"; by default float32. "int8" is for 8-bit codes,
+            see `trace8bit`: at a rank of a quarter of the width a quarter byte for each weight.
+        neuron_b2: decay rate of the mean square of each column of NS(M), one number for each; by
+            default none are kept.
         adam_learning_rate: of the leaves that are not projected, by default `learning_rate`,
             which suits the embeddings of small vocabularies alone: try AdamW's.
         b1: decay rate of their first moment.
@@ -103,15 +112,20 @@ def galore_muon(
 
     References:
         Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Zhao et al.,
-        `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024
+        `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024; Li et al., `NorMuon
+        <https://arxiv.org/abs/2510.05491>`_, 2025
     """
     settings = Settings(**options)
+    in_codes = accumulator_dtype is not None and jnp.dtype(accumulator_dtype) == jnp.int8
     in_subspace = galore(
-        optax.trace(momentum, nesterov, accumulator_dtype),
+        trace8bit(momentum, nesterov)
+        if in_codes
+        else optax.trace(momentum, nesterov, accumulator_dtype),
         **{**options, "scale": 1.0, "residual": optax.scale(1 / (1 - momentum**2) ** 0.5)},
     )
 
-    matrices = optax.chain(in_subspace, over_matrices(_orthogonalised(), settings))
+    steps = [_orthogonalised()] + ([] if neuron_b2 is None else [_by_neuron(neuron_b2)])
+    matrices = optax.chain(in_subspace, over_matrices(optax.chain(*steps), settings))
     tx = beside_adam(
         matrices,
         settings,
@@ -145,6 +159,36 @@ def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:
         product = (polynomial, -1, x, -2) if rows_first else (x, -1, polynomial, -2)
         x = a * x + contract(*product)
     return x
+
+
+class ByNeuronState(NamedTuple):
+    """State of `_by_neuron`."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
+    nu: optax.Updates  # shape=batch + (n,): mean squares of columns
+
+
+def _by_neuron(b2: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    """Columns of matrices divided by their root mean square over steps; the norm stays."""
+
+    def init_fn(params):
+        nu = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], x.shape[-1])), params)
+        return ByNeuronState(jnp.zeros([], jnp.int32), nu)
+
+    def update_fn(updates, state, params=None):
+        del params
+        count = optax.safe_increment(jnp.asarray(state.count))
+        means = jax.tree.map(lambda x: jnp.mean(jnp.square(x), axis=-2), updates)
+        nu = optax.tree.update_moment(means, state.nu, b2, 1)
+
+        def one(x, v):
+            new = x * jax.lax.rsqrt(v / debias(b2, count) + _TINY)[..., None, :]
+            old, norm = (jnp.linalg.norm(a, axis=(-2, -1), keepdims=True) for a in (x, new))
+            return new * (old / jnp.maximum(norm, _TINY))
+
+        return jax.tree.map(one, updates, nu), ByNeuronState(count, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _orthogonalised() -> optax.GradientTransformation:

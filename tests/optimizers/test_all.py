@@ -14,7 +14,7 @@ import galore_jax
 from tests.layers.test_update import train_layerwise
 from tests.models import LAYERS, MODELS, OPTIONS, batches, plain
 from tests.optimizers.members import FULL, IN_SUBSPACE, MEMBERS
-from tests.problems import grads_like, params_like, train
+from tests.problems import grads_like, normal, params_like, train
 from tests.subspace.test_gradients import full, relative
 from tests.subspace.test_gradients import train as train_model
 from tests.test_flax import NNXNet, X, Y
@@ -75,6 +75,23 @@ def test_bfloat16_weights_keep_float32_state(name):
 def test_fira_has_a_residual_of_its_own():
     with pytest.raises(TypeError, match="residual"):
         galore_jax.fira(1e-3, rank=2, residual=optax.sign_sgd(1e-3))
+
+
+@pytest.mark.parametrize("options", [{"moments": "reset"}, {"method": "random"}])
+def test_the_momentum_of_galore_muon_may_be_codes(options):
+    """Carried over to new rows or a new basis, they stay as near as 8 bits are."""
+    params, options = params_like({"w": (3, 96, 160)}), STACK | {"rank": 40} | options
+
+    def grads(params, step):  # of full rank: Newton-Schulz makes what there is of any size
+        return {"w": 0.5 * normal(0, 3, 96, 160) + normal(step + 1, 3, 96, 160)}
+
+    want, _ = train(galore_jax.galore_muon(1e-2, **options), params, 8, grads=grads)
+    tx = galore_jax.galore_muon(1e-2, accumulator_dtype="int8", **options)
+    got, state = train(tx, params, 8, grads=grads)
+    kept = [x.dtype.name for x in jax.tree.leaves(state) if x.shape == (3, 40, 160)]
+    assert kept == ["uint8"]
+    off, moved = want["w"] - got["w"], want["w"] - params["w"]
+    assert jnp.linalg.norm(off) < 0.02 * jnp.linalg.norm(moved)
 
 
 def test_the_momentum_of_galore_muon_may_be_bfloat16():

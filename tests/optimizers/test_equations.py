@@ -296,6 +296,30 @@ def test_galore_muon(nesterov):
     check(params, by_matrix(muon, projectors))
 
 
+def test_galore_muon_by_neuron():
+    """NorMuon: outputs count alike over steps, and the update has Muon's norm."""
+    options = dict(rank=RANK, update_proj_gap=GAP, method="svd", moments="keep")
+    params, states = run(galore_jax.galore_muon(RATE, 0.9, DECAY, neuron_b2=0.9, **options))
+    projectors = [galore_state(s).projector for s in states]
+
+    def muon(w, grads, projector, tall):
+        b, nu = 0.0, 0.0
+        for t, g in enumerate(grads):
+            p = projector(t)
+            r = p.T @ g
+            b = 0.9 * b + r
+            m = p @ (r + 0.9 * b) + (g - p @ r) / np.sqrt(1 - 0.9**2)
+            u = newton_schulz(m) * (1.0 if tall else np.sqrt(14 / 8))
+            u = u.T if tall else u  # inputs first
+            nu = 0.9 * nu + 0.1 * np.mean(u**2, axis=0)
+            new = u / np.sqrt(nu / (1 - 0.9 ** (t + 1)))
+            new *= np.linalg.norm(u) / np.linalg.norm(new)
+            w = w - RATE * ((new.T if tall else new) + DECAY * w)
+        return w
+
+    check(params, by_matrix(muon, projectors))
+
+
 def test_newton_schulz_is_optaxs():
     from optax.contrib import _muon
 
