@@ -137,7 +137,7 @@ def as_with_full_gradients(name, place, tier):
 
     Returns:
         "equal"; "refused", by an error that names our function; "warned" of; or None, where full
-        gradients are refused too.
+        gradients are refused too. Inside, where both tiers give it the same arrays, "taken".
     """
     try:
         tx = build(MAKERS[name], place)
@@ -158,6 +158,8 @@ def as_with_full_gradients(name, place, tier):
         return "refused"
     if any("each layer's vector" in str(x.message) for x in caught):
         return "warned"
+    if place == "inside":
+        return "taken"
     ends = []
     for one in "full", tier:
         step, params, state = step_of(one, tx), PARAMS, tx.init(PARAMS)

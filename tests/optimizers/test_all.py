@@ -119,8 +119,11 @@ def nnx_update(optimizer, model, grads):
     optimizer.update(model, grads)
 
 
+# One of each kind of state.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize(
+    "name", ["lazy, staggered, reset", "fira", "ldadam", "galore_muon", "foam"]
+)
 def test_nnx_optimizer_equals_the_functional_loop(name):
     tx = MEMBERS[name](**(STACK | {"rank": 4}))
     graph, start, gradient = net()
