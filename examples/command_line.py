@@ -27,7 +27,7 @@ def flag(field: str) -> str:
 
 def check_numbers(config: Any, smallest: Mapping[str, float]) -> None:
     """Refuses numbers that are too small, each by its flag; the least is 1 but for those given."""
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in config_lib.in_order(config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not value >= smallest.get(name, 1):
             raise UserError(f"{flag(name)} is {value}: give at least {smallest.get(name, 1)}.")

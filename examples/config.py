@@ -249,9 +249,15 @@ def galore_options(config: Config) -> dict:
     return options
 
 
+def in_order(config: Any) -> dict[str, Any]:
+    """The settings by name, group after group as they stand."""
+    names = (field.name for group in type(config).__bases__ for field in dataclasses.fields(group))
+    return {name: getattr(config, name) for name in names}
+
+
 def save(config: Any, folder: pathlib.Path) -> None:
     """Writes the settings of a run as config.json."""
-    settings = {"format": FORMAT} | dataclasses.asdict(config)
+    settings = {"format": FORMAT} | in_order(config)
     write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
@@ -281,5 +287,5 @@ def read(folder: pathlib.Path, given_as: str = "--resume", of: Any = Config) -> 
 
 def changed(before: Any, now: Any) -> list[str]:
     """The settings that differ, of those that a run keeps to its end."""
-    kept = (name for name in dataclasses.asdict(now) if name not in MAY_CHANGE)
+    kept = (name for name in in_order(now) if name not in MAY_CHANGE)
     return [name for name in kept if getattr(before, name) != getattr(now, name)]
