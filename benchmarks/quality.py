@@ -487,14 +487,14 @@ def main(argv: list[str] | None = None) -> None:
         return loss
 
     def rates_of(name: str) -> dict[float, float]:
-        name = METHODS[name].rate_of or name
-        if args.text != STDLIB:
-            return {float(rate): loss for rate, loss in picked[name]["tuning_losses"].items()}
+        base = METHODS[name].rate_of or name
+        if args.text != STDLIB or (base != name and base in picked):
+            return {float(rate): loss for rate, loss in picked[base]["tuning_losses"].items()}
 
         def at(rate):
-            return do(Run(name, rate, budget.tuning_steps, budget.tuning_seed))
+            return do(Run(base, rate, budget.tuning_steps, budget.tuning_seed))
 
-        return tune(at, METHODS[name].rate, budget.reach)
+        return tune(at, METHODS[base].rate, budget.reach)
 
     def whole_row(name: str) -> dict[float, float]:
         rates = rates_of(name)
