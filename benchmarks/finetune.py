@@ -32,8 +32,8 @@ MODEL = RobertaConfig(
     vocab_size=1500, hidden=96, intermediate=264, heads=4, layers=2, max_positions=66
 )
 METHODS = ("full", "galore", "galore_muon", "fira", "lora")
-# The smallest of the rates to try. LoRA's is lower than usual: a small encoder is easily lost.
-RATES = {name: 1e-4 * finetune_config.METHODS[name].rate for name in METHODS} | {"lora": 1e-4}
+# The smallest of the rates to try. So small an encoder wants a smaller one with LoRA than a large.
+RATES = {name: 1e-4 * finetune_config.METHODS[name].rate for name in METHODS} | {"lora": 1.5e-4}
 WARMUP = "0.1"  # of the steps: without it the best rates lose a seed now and then
 
 
