@@ -55,8 +55,9 @@ class Method:
     rate_of: str | None = None  # the method whose rate it takes, being a variant of it
 
 
-_MUON, _MUON_INT8 = (
-    ("--optimizer", name, "--update-proj-gap", "200") for name in ("galore_muon", "galore_muon8bit")
+_MUON, _MUON_INT8, _NORMUON = (
+    ("--optimizer", name, "--update-proj-gap", "200")
+    for name in ("galore_muon", "galore_muon8bit", "galore_normuon")
 )
 
 
@@ -89,6 +90,7 @@ METHODS = {
     "galore_muon": Method(_MUON, 0.02, "tab:orange"),
     "galore_muon, int8": _muon_variant(of=_MUON_INT8),
     "galore_muon, int8, rank 64": _muon_variant("--rank", "64", of=_MUON_INT8),
+    "galore_muon, by neuron": _muon_variant(of=_NORMUON),
     "galore_muon, rank 64": _muon_variant("--rank", "64"),
     "galore_muon, rank 8": _muon_variant("--rank", "8"),
     "galore_muon, random directions": _muon_variant("--method", "random"),
