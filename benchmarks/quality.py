@@ -146,20 +146,24 @@ def write_manual_pages(folder: pathlib.Path, root: pathlib.Path) -> pathlib.Path
     """A folder with manual pages of this machine as they are written, in troff: no Python."""
     if folder.exists():
         return folder
-    seen, size = set(), 0
+    texts: dict[str, str] = {}
+    size = 0
     for path in (p for section in "7581" for p in sorted((root / f"man{section}").glob("*.gz"))):
         try:
             text = gzip.decompress(path.read_bytes()).decode()
-        except (OSError, UnicodeDecodeError):
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError):
             continue
-        if len(text) < 2000 or text in seen:  # mostly references to another page
+        if len(text) < 2000 or text in texts:  # mostly references to another page
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{path.stem}.txt").write_text(text)
-        seen.add(text)
+        texts[text] = f"{path.stem}.txt"
         if (size := size + len(text)) > _MAN_BYTES:
-            return folder
-    raise SystemExit(f"{root} has {size} bytes of manual pages, too few: give --text FILES")
+            break
+    else:
+        raise SystemExit(f"{root} has {size} bytes of manual pages, too few: give --text FILES")
+    folder.mkdir(parents=True)
+    for text, name in texts.items():
+        (folder / name).write_text(text)
+    return folder
 
 
 def on_text(budget: Budget, text: str, runs: pathlib.Path) -> Budget:

@@ -14,6 +14,7 @@ import optax
 
 from galore_jax.inner.residual import limit_norm_growth
 from galore_jax.optimizers.matrices import beside_adam, over_matrices
+from galore_jax.optimizers.wrap import in_float32
 from galore_jax.precision import debias
 from galore_jax.settings import Settings
 
@@ -45,7 +46,7 @@ def scale_by_foam(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Adam's step from moments of folded gradients and the present residual.
 
     With A the mean over :math:`2^l` neighbours on the last axis, and E its repetition,
@@ -55,8 +56,9 @@ def scale_by_foam(
         \tilde v \leftarrow \beta_2 \tilde v + (1 - \beta_2) (A G)^2, \quad R = G - E A G \\
         U &= \frac{E \hat m + R}{\sqrt{E \hat v + R^2} + \epsilon}
 
-    where hats correct the bias as in Adam. :math:`E / 2^{l/2}` is an orthonormal basis that takes
-    neither memory nor a product.
+    where hats correct the bias as in Adam, which the paper's equations leave out: without them the
+    first steps are up to three times as long. :math:`E / 2^{l/2}` is an orthonormal basis that
+    takes neither memory nor a product.
 
     Args:
         level: l. The moments take :math:`2^{1 - l}` numbers for each of the gradient.
@@ -65,7 +67,8 @@ def scale_by_foam(
         eps: added to the root.
 
     Returns:
-        An `optax.GradientTransformation` whose state is a `ScaleByFoamState`.
+        An `optax.GradientTransformationExtraArgs` over matrices `batch + (m, n)`; its state is a
+        `ScaleByFoamState`.
 
     Raises:
         ValueError: for a level that is no whole number of at least 0.
@@ -83,9 +86,10 @@ def scale_by_foam(
         raise ValueError(f"level must be a whole number of at least 0, got {level!r}")
 
     def init_fn(params):
-        # Two of each: both may be donated.
-        mu, nu = (jax.tree.map(lambda x: fold(jnp.zeros(x.shape), level), params) for _ in "mv")
-        return ScaleByFoamState(jnp.zeros([], jnp.int32), mu, nu)
+        def zeros():  # arrays of their own for each moment: both may be donated
+            return jax.tree.map(lambda x: fold(jnp.zeros(x.shape), level), params)
+
+        return ScaleByFoamState(jnp.zeros([], jnp.int32), zeros(), zeros())
 
     def update_fn(updates, state, params=None):
         del params
@@ -103,7 +107,7 @@ def scale_by_foam(
 
         return jax.tree.map(step, updates, folded, mu, nu), ScaleByFoamState(count, mu, nu)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return in_float32(optax.GradientTransformation(init_fn, update_fn))
 
 
 def foam(

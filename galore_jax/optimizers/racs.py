@@ -14,9 +14,10 @@ import optax
 
 from galore_jax.inner.residual import limit_norm_growth
 from galore_jax.optimizers.matrices import beside_adam, over_matrices
+from galore_jax.optimizers.wrap import in_float32
 from galore_jax.settings import Settings
 
-_STEPS = 5  # of the fixed-point iteration, as in the paper
+_STEPS = 5  # of the fixed-point iteration
 _TINY = 1e-37  # what is below it counts as none
 
 
@@ -29,7 +30,7 @@ class ScaleByRowAndColumnState(NamedTuple):
 
 def scale_by_row_and_column(
     decay: jax.typing.ArrayLike = 0.9,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Divide a matrix by the roots of one number a row and one a column.
 
     With :math:`G^2` the squares of the elements of a matrix (m, n), and from q = 1 five times
@@ -48,7 +49,7 @@ def scale_by_row_and_column(
         decay: beta.
 
     Returns:
-        An `optax.GradientTransformation` over matrices `batch + (m, n)`.
+        An `optax.GradientTransformationExtraArgs` over matrices `batch + (m, n)`.
 
     Example:
         >>> import jax.numpy as jnp, galore_jax
@@ -93,7 +94,7 @@ def scale_by_row_and_column(
         new = ScaleByRowAndColumnState(rows, columns)
         return jax.tree.map(scaled, updates, rows, columns), new
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return in_float32(optax.GradientTransformation(init_fn, update_fn))
 
 
 def _mean(matrix: jax.Array, weights: jax.Array) -> jax.Array:
@@ -132,7 +133,7 @@ def racs(
     take AdamW steps.
 
     Args:
-        learning_rate: eta, a number or a schedule: 0.02 in the paper.
+        learning_rate: eta, a number or a schedule. Times alpha about AdamW's: around 0.02.
         decay: beta, of the means over steps of the numbers of rows and columns.
         weight_decay: lambda, decoupled.
         mask: tree of bools, or callable giving one: which leaves decay.
