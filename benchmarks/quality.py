@@ -55,9 +55,9 @@ class Method:
     rate_of: str | None = None  # the method whose rate it takes, being a variant of it
 
 
-_MUON, _MUON_INT8, _NORMUON = (
+_MUON, _MUON_INT8, _NORMUON, _NORMUON_INT8 = (
     ("--optimizer", name, "--update-proj-gap", "200")
-    for name in ("galore_muon", "galore_muon8bit", "galore_normuon")
+    for name in ("galore_muon", "galore_muon8bit", "galore_normuon", "galore_normuon8bit")
 )
 
 
@@ -91,6 +91,8 @@ METHODS = {
     "galore_muon, int8": _muon_variant(of=_MUON_INT8),
     "galore_muon, int8, rank 64": _muon_variant("--rank", "64", of=_MUON_INT8),
     "galore_muon, by neuron": _muon_variant(of=_NORMUON),
+    "galore_muon, int8, by neuron": _muon_variant(of=_NORMUON_INT8),
+    "galore_muon, int8, rank 64, by neuron": _muon_variant("--rank", "64", of=_NORMUON_INT8),
     "galore_muon, rank 64": _muon_variant("--rank", "64"),
     "galore_muon, rank 8": _muon_variant("--rank", "8"),
     "galore_muon, random directions": _muon_variant("--method", "random"),
