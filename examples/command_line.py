@@ -101,10 +101,16 @@ def check(config: Config) -> None:
             f"--tier layerwise: --optimizer {config.optimizer} needs the gradient of all layers."
             " Give another --optimizer, or --tier full or subspace."
         )
-    if config.stochastic_rounding and config.param_dtype != "bfloat16":
+    if config.stochastic_rounding and config.param_dtype == "float32":
         raise UserError(
-            f"--stochastic-rounding is for bfloat16 weights, not --param-dtype"
-            f" {config.param_dtype}. Give --param-dtype bfloat16, or leave it out."
+            "--stochastic-rounding is for bfloat16 and int8 weights, not --param-dtype float32."
+            " Give another --param-dtype, or leave it out."
+        )
+    if config.param_dtype == "int8" and (config.tier == "full" or config.mesh):
+        raise UserError(
+            f"--param-dtype int8: codes have no gradient, so --tier {config.tier} has to be"
+            " subspace or layerwise, on one device. Give one of them, without --mesh, or"
+            " --param-dtype bfloat16."
         )
 
 
@@ -158,6 +164,7 @@ def defaults(args: Sequence[str]) -> Config:
         first.add_argument(name, nargs="?")
     first.add_argument("--batch-size", "--batch_size", nargs="?")
     first.add_argument("--init-from", "--init_from", nargs="?")
+    first.add_argument("--param-dtype", "--param_dtype", nargs="?")
     known, _ = first.parse_known_args(args)
     if known.resume:
         saved = config_lib.read(pathlib.Path(known.resume))
@@ -175,6 +182,7 @@ def defaults(args: Sequence[str]) -> Config:
         number(known.steps),
         number(known.batch_size),
         **({} if size is None else {"vocab_size": size}),
+        **({} if known.param_dtype != "int8" else {"param_dtype": "int8"}),
     )
 
 

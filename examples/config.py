@@ -134,12 +134,14 @@ class Numbers:
 
     seed: int = 0
     """Of the weights, the order of the data and the sample."""
-    param_dtype: Dtype = "float32"
-    """Number format of the weights."""
+    param_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Number format of the weights. `int8` keeps the blocks' kernels in 8-bit codes, all else in
+    --dtype, and wants --tier subspace or layerwise."""
     dtype: Dtype = "float32"
     """Number format of the activations."""
-    stochastic_rounding: bool = False
-    """Round bfloat16 weights up or down at random after a step, so that small steps count."""
+    stochastic_rounding: bool
+    """Round bfloat16 and int8 weights up or down at random after a step, so that small steps
+    count. Int8 weights learn little without."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,6 +222,7 @@ def from_recipe(
         "rank": recipe.rank,
         "update_proj_gap": recipe.update_proj_gap,
         "scale": recipe.scale,
+        "stochastic_rounding": changes.get("param_dtype") == "int8",
         "run_dir": str(pathlib.Path("runs") / name),
         "eval_every": min(1000, -(-steps // 8)),
         "save_every": min(1000, -(-steps // 4)),

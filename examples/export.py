@@ -15,7 +15,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from examples import checkpoints, hf, hf_tokenizer, llama, pretrain
+import galore_jax
+from examples import checkpoints, hf, hf_tokenizer, pretrain
 from examples import config as config_lib
 from examples import tokenizer as bpe
 from examples.errors import exit_code
@@ -34,9 +35,9 @@ class Options:
 def export(run: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run."""
     config = dataclasses.replace(config_lib.read(run, "RUN"), mesh="")
-    model_config = pretrain.model_config(config)
-    params = checkpoints.read_params(run, jax.eval_shape(llama.initializer(model_config, 0)[1]))
-    hf.save_hf(folder, model_config, params)
+    params = checkpoints.read_params(run, jax.eval_shape(pretrain.initializer(config)[1]))
+    whole = galore_jax.dequantize_weights(params)
+    hf.save_hf(folder, pretrain.model_config(config), whole)
     if config.init_from:
         hf_tokenizer.copy(pathlib.Path(config.init_from), folder)
     else:

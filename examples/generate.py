@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import tokenizers
 import tyro
 
+import galore_jax
 from examples import checkpoints, command_line, hf, llama, pretrain, sampling, training
 from examples import config as config_lib
 from examples import tokenizer as bpe
@@ -58,7 +59,7 @@ class Source(NamedTuple):
 def of_run(folder: pathlib.Path) -> Source:
     """The newest checkpoint of a run, on one device."""
     config = dataclasses.replace(config_lib.read(folder, "FOLDER"), mesh="")
-    graph, init = llama.initializer(pretrain.model_config(config), config.seed)
+    model_of, init = pretrain.initializer(config)
     tokenizer, end = (
         bpe.of_checkpoint(config.init_from, config.vocab_size)
         if config.init_from
@@ -66,9 +67,8 @@ def of_run(folder: pathlib.Path) -> Source:
     )
     tokenizer.encode_special_tokens = True  # As in the training.
     params = checkpoints.read_params(folder, jax.eval_shape(init))
-    return Source(
-        llama.from_graph(graph), params, config.vocab_size, tokenizer, (end,), beginning=False
-    )
+    params = galore_jax.dequantize_weights(params)  # Once, not for every token.
+    return Source(model_of, params, config.vocab_size, tokenizer, (end,), beginning=False)
 
 
 def of_hf(folder: pathlib.Path) -> Source:

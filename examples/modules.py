@@ -78,7 +78,8 @@ def through(
         return run(nnx.merge(block_def, layer), state)
 
     def watched_block(both, state):
-        return block(watched(*both), state)
+        layer, number = both
+        return block(watched(galore_jax.dequantize_weights(layer), number), state)
 
     if watch is not None:
         return galore_jax.layerwise(watched_block, (weights, watch), state)

@@ -53,7 +53,7 @@ def model_config(config: Config) -> llama.LlamaConfig:
     return dataclasses.replace(
         hf.read_config(given) if given else llama.CONFIGS[config.model],
         vocab_size=config.vocab_size,
-        param_dtype=config.param_dtype,
+        param_dtype=config.dtype if config.param_dtype == "int8" else config.param_dtype,
         dtype=config.dtype,
         remat=config.remat or config.tier == "layerwise",
         loss_chunk=config.loss_chunk,
@@ -102,16 +102,29 @@ class Setup(NamedTuple):
     weights: Callable[[], dict] | None = None  # Reads the first parameters, in place of `init`.
 
 
+def initializer(config: Config) -> tuple[training.ModelOf, Callable[[], dict]]:
+    """From parameters to the model of a run, and what makes the first ones."""
+    graph, init = llama.initializer(model_config(config), config.seed)
+    return llama.from_graph(graph), lambda: stored(config, init())
+
+
+def stored(config: Config, params: dict) -> dict:
+    """Parameters in the number format that the run keeps them in."""
+    if config.param_dtype != "int8":
+        return params
+    return galore_jax.quantize_weights(params, **optimizers.MATRICES)
+
+
 def setup(config: Config) -> Setup:
     """The model and the optimizer of a run."""
     schedule = learning_rate_schedule(config, config.learning_rate)
-    graph, init = llama.initializer(model_config(config), config.seed)
+    model_of, init = initializer(config)
     apart = config.embedding_learning_rate is not None
-    labels = optimizers.labels(jax.eval_shape(init)) if apart else None
-    tx = make_optimizer(config, schedule, labels)
-    given, dtype = config.init_from, config.param_dtype
-    weights = (lambda: hf.load_hf(given, dtype)[1]) if given else None
-    return Setup(llama.from_graph(graph), init, tx, schedule, weights=weights)
+    shapes = jax.eval_shape(lambda: galore_jax.dequantize_weights(init()))
+    tx = make_optimizer(config, schedule, optimizers.labels(shapes) if apart else None)
+    given, dtype = config.init_from, model_config(config).param_dtype
+    weights = (lambda: stored(config, hf.load_hf(given, dtype)[1])) if given else None
+    return Setup(model_of, init, tx, schedule, weights=weights)
 
 
 def describe_data(config: Config, data: data_lib.Data) -> None:
@@ -154,7 +167,8 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
         describe_data(config, data)
         model_of, init, tx, schedule, before_step, weights = setup(config)
         params = jax.eval_shape(init)
-        size = sum(x.size for x in jax.tree.leaves(params))
+        whole = jax.eval_shape(galore_jax.dequantize_weights, params)
+        size = sum(x.size for x in jax.tree.leaves(whole))
         print(f"model: {config_lib.model_name(config)}, {size:,} parameters")
         if config.optimizer in optimizers.STACKED:
             print(galore_jax.summary(tx, params))

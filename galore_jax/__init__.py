@@ -2,6 +2,7 @@
 
 from galore_jax import chaining, multi_steps
 from galore_jax.chaining import chain
+from galore_jax.int8 import dequantize_weights
 from galore_jax.layers.model import layerwise
 from galore_jax.layers.update import value_and_update
 from galore_jax.matrix.layouts import matrix_axes
@@ -31,6 +32,7 @@ from galore_jax.subspace.gradients import value_and_grad
 from galore_jax.subspace.matmul import dot_general, promote_dtype
 from galore_jax.summary_table import summary
 from galore_jax.transform import galore
+from galore_jax.weights import quantize_weights
 
 chaining.install()
 multi_steps.install()
@@ -78,6 +80,9 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     # Layer by layer
     "layerwise",
     "value_and_update",
+    # Weights in 8 bits
+    "quantize_weights",
+    "dequantize_weights",
     # Tools
     "matrix_axes",
     "last_two_axes",

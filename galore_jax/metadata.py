@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import optax
 
+from galore_jax.int8 import is_int8
 from galore_jax.matrix.trees import bare, is_boxed, shapes
 from galore_jax.sharding import Axes, Names, axes_of_state
 
@@ -35,7 +36,7 @@ def named(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
     Returns:
         The state; as it is where no parameter names its axes.
     """
-    boxes = jax.tree.leaves(params, is_leaf=is_boxed)
+    boxes = jax.tree.leaves(params, is_leaf=lambda x: is_boxed(x) or is_int8(x))
     fields = [_field(x) for x in boxes]
     if not any(fields):
         return state

@@ -7,10 +7,13 @@ right, small updates add up.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.int8 import Int8Weight, is_int8
 from galore_jax.precision import wide
 from galore_jax.projector.update import FactoredUpdate
 
@@ -56,7 +59,7 @@ def apply_updates(
     References:
         Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020
     """
-    position = iter(range(jax.tree.structure(params).num_leaves))
+    position = iter(range(jax.tree.structure(params, is_leaf=is_int8).num_leaves))
 
     def apply(p, u):
         if p is None:
@@ -64,19 +67,27 @@ def apply_updates(
         number = next(position)
         if u is None:
             return p
-        if key is None or jnp.result_type(p) != jnp.bfloat16:
+        leaf_key = None if key is None else jax.random.fold_in(key, number)
+        if is_int8(p):
+            if isinstance(u, FactoredUpdate):
+                return u.add_to(p, _round_codes, leaf_key)
+            return p.plus(u, leaf_key)
+        if leaf_key is None or jnp.result_type(p) != jnp.bfloat16:
             return optax.apply_updates(p, u)
-        leaf_key = jax.random.fold_in(key, number)
         if isinstance(u, FactoredUpdate):
             return u.add_to(p, _round_matrix, leaf_key)
         total = wide(p) + jnp.asarray(u).astype(jnp.float32)
         return _round(total, leaf_key)
 
-    return jax.tree.map(apply, params, updates, is_leaf=lambda x: x is None)
+    return jax.tree.map(apply, params, updates, is_leaf=lambda x: x is None or is_int8(x))
 
 
-def _round_matrix(x: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
+def _round_matrix(x: jax.Array, old: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
     return _round(x, jax.random.fold_in(key, index))
+
+
+def _round_codes(x: jax.Array, old: Int8Weight, index: jax.Array, key: Any) -> Int8Weight:
+    return old.put(x, None if key is None else jax.random.fold_in(key, index))
 
 
 def _round(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.call import Call, update_with
+from galore_jax.int8 import dequantize_weights
 from galore_jax.matrix.plan import Plan, sites
 from galore_jax.matrix.trees import Sites, bare, shapes
 from galore_jax.projector.basis import Methods
@@ -115,6 +116,7 @@ def ask(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[T
         return []
 
     def gaps(params, asking):
+        params = dequantize_weights(params)
         nothing = jax.tree.map(jnp.zeros_like, params)
         # Links that follow the loss do not run without it.
         _, new = update_with(tx, Call(), nothing, asking, params, value=jnp.zeros([]))

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.int8 import dequantize_weights, is_int8
 from galore_jax.layers.update import value_and_update
-from galore_jax.matrix.trees import owners
+from galore_jax.matrix.trees import owners, path_string
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.ldadam import LDAdamState
 from galore_jax.projector.storage import from_tree
@@ -86,6 +87,10 @@ class Summary:
 
     __repr__ = __str__
 
+    def fits(self, gib: float) -> tuple[str, ...]:
+        """The ways to take a step that a card of so many GiB has room for, by this estimate."""
+        return tuple(step.tier for step in self.steps if step.total <= gib * 2**30)
+
 
 def summary(
     tx: optax.GradientTransformation,
@@ -117,7 +122,8 @@ def summary(
         *args: its other arguments, a batch, or their shapes.
 
     Returns:
-        A `Summary`: print it, or read `rows`, `total` and `steps` (bytes).
+        A `Summary`: print it, read `rows`, `total` and `steps` (bytes), or ask which ways to take
+        a step fit into a card, `summary(...).fits(16)` for one of 16 GiB.
 
     Raises:
         ValueError: where `tx` holds no `galore`, or its update does not reach one.
@@ -145,7 +151,8 @@ def summary(
     with warnings.catch_warnings():  # the table says what init would warn of
         warnings.simplefilter("ignore", UserWarning)
         state = jax.eval_shape(tx.init, params)
-    told = ask(tx, jax.eval_shape(lambda p: p, params), state)
+    whole = jax.eval_shape(dequantize_weights, params)
+    told = ask(tx, whole, state)
     if not told:
         raise ValueError("summary: there is no galore in this transformation")
     rows = []
@@ -157,16 +164,26 @@ def summary(
         rows += more
         other += rest
         other_full += rest_full
+    steps = _steps(tx, rows, told, state, params, whole, loss_fn, args)
+    rows = [
+        dataclasses.replace(r, weights=r.weights - _spared(params).get(r.path, 0)) for r in rows
+    ]
     elsewhere = _nbytes(params) - sum(row.weights for row in rows)
     rows.append(Row("(other)", None, "not per leaf", None, elsewhere, 0, other, other_full))
     fields = ("weights", "projector", "inner_state", "without_galore")
     sums = {f: sum(getattr(r, f) for r in rows) for f in fields}
     total = Row("total", None, "", None, **sums)
-    steps = _steps(tx, rows, told, state, params, loss_fn, args)
     return Summary(tuple(rows), total, steps)
 
 
-def _steps(tx, rows, told: list[Told], state, params, loss_fn, args) -> tuple[Step, ...]:
+def _spared(params: optax.Params) -> dict[str, int]:
+    """By path, the bytes that weights in codes take less than arrays would."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_int8)
+    codes = ((path, x) for path, x in leaves if is_int8(x))
+    return {path_string(p): _nbytes(jax.eval_shape(x.decoded)) - _nbytes(x) for p, x in codes}
+
+
+def _steps(tx, rows, told: list[Told], state, given, params, loss_fn, args) -> tuple[Step, ...]:
     views = [view for galore in told for view in galore.answer.where.views]
     full = _nbytes(params)
     saved = None
@@ -186,12 +203,15 @@ def _steps(tx, rows, told: list[Told], state, params, loss_fn, args) -> tuple[St
     gradients = {"full": full, "subspace": alone + low_rank, "layerwise": alone + layer}
     if any(galore.answer.needs for galore in told) or in_multi_steps(state):
         del gradients["subspace"]
+    if any(map(is_int8, jax.tree.leaves(given, is_leaf=is_int8))):
+        del gradients["full"]
     if loss_fn is not None:
         for tier, step in (("subspace", value_and_grad), ("layerwise", value_and_update)):
-            if tier in gradients and not _is_taken(step(loss_fn, tx), params, state, *args):
+            if tier in gradients and not _is_taken(step(loss_fn, tx), given, state, *args):
                 del gradients[tier]
     kept = _nbytes(state)
-    return tuple(Step(tier, full, g, kept, saved) for tier, g in gradients.items())
+    weights = _nbytes(given)
+    return tuple(Step(tier, weights, g, kept, saved) for tier, g in gradients.items())
 
 
 def _is_taken(step: Callable[..., Any], *args: Any) -> bool:

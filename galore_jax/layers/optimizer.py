@@ -15,6 +15,7 @@ import optax
 
 from galore_jax import dependence
 from galore_jax.call import Call, update_with
+from galore_jax.int8 import dequantize_weights
 from galore_jax.layers.model import Arrays
 from galore_jax.matrix.trees import bare, owners, path_string
 from galore_jax.projector.schedule import sizes
@@ -52,7 +53,7 @@ class Parts(NamedTuple):
         found = []
 
         def run(weights, state):
-            grads = jax.tree.map(jnp.zeros_like, weights)
+            grads = jax.tree.map(jnp.zeros_like, dequantize_weights(weights))
             _, new = self.step(grads, weights, state, layer=0)[0]
             found.extend(j for j in state if new[j] is state[j])
 
@@ -84,7 +85,7 @@ def in_parts(tx, params, opt_state, refresh: bool, rounding_key: jax.Array | Non
             refresh=refresh, layer=jnp.asarray(0 if layer is None else layer), matrices=matrices
         )
         value = jnp.zeros([]) if value is None else value
-        given = tree(grads), state_def.unflatten(kept), tree(weights)
+        given = tree(grads), state_def.unflatten(kept), dequantize_weights(tree(weights))
         updates, new = update_with(tx, call, *given, value=value)
         key = rounding_key
         if key is not None:  # each leaf's own comes from its place among those of this part

@@ -16,6 +16,7 @@ import optax
 
 from galore_jax.compiler import in_one_piece
 from galore_jax.control import each_its_own, mean_over, names_of
+from galore_jax.int8 import dequantize_weights, is_int8
 from galore_jax.layers.alike import check_layers_alike
 from galore_jax.layers.model import split
 from galore_jax.layers.optimizer import in_parts
@@ -106,9 +107,11 @@ def value_and_update(
         names = names_of(axis_name, "galore_jax.value_and_update", needed=True)
         reduced = functools.partial(mean_over, names=names)
         own = functools.partial(each_its_own, names=names)
-        model = split(lambda p: loss_fn(p, *args, **kwargs), own(params), has_aux)
+        # Traced under a `jit`, and used for shapes alone: codes are decoded layer by layer.
+        plain = dequantize_weights(params)
+        model = split(lambda p: loss_fn(p, *args, **kwargs), own(plain), has_aux)
         try:
-            optimizer = in_parts(tx, params, opt_state, refresh, rounding_key)
+            optimizer = in_parts(tx, plain, opt_state, refresh, rounding_key)
         except Exception as error:  # whatever a link raises for what it does not expect
             if (name := raised_in(error)) is None:
                 raise
@@ -117,20 +120,22 @@ def value_and_update(
                 "Use another link, or galore_jax.value_and_grad"
             ) from error
         # By position: in the parameters' leaves, in the state's.
-        weights = dict(enumerate(jax.tree.leaves(params)))
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_int8)
+        weights = dict(enumerate(leaves))
         state = dict(enumerate(jax.tree.leaves(opt_state)))
         rest = {i: weights[i] for i in model.rest}
         stack = {i: weights[i] for i in model.stacked}
-        layers = jnp.shape(weights[model.stacked[0]])[0]
+        layers = weights[model.stacked[0]].shape[0]
         owned = optimizer.of(stack, state)
         optimizer.check_rows(owned, layers)
-        check_layers_alike(tx, bare(params), model.stacked, optimizer.paths)
+        check_layers_alike(tx, bare(plain), model.stacked, optimizer.paths)
 
         # Forward, keeping the blocks' inputs.
-        x, before_vjp = jax.vjp(model.before, own(rest))
+        rest = dequantize_weights(own(rest))
+        x, before_vjp = jax.vjp(model.before, rest)
         block = model.block()
-        x, inputs = jax.lax.scan(lambda x, p: (block(p, x), x), x, own(stack))
-        loss, after_vjp, aux = jax.vjp(model.after, own(rest), x, has_aux=True)
+        x, inputs = jax.lax.scan(lambda x, p: (block(dequantize_weights(p), x), x), x, own(stack))
+        loss, after_vjp, aux = jax.vjp(model.after, rest, x, has_aux=True)
         loss, seed = reduced(loss), jnp.ones_like(loss)
 
         def reverse(dx, stack, carry, visit):
@@ -140,7 +145,7 @@ def value_and_update(
                 dx, stack, carry = state
                 i = layers - 1 - k
                 p, x = jax.tree.map(lambda a: _row(a, i), (stack, inputs))
-                dp, dx = jax.vjp(block, own(p), x)[1](dx)
+                dp, dx = jax.vjp(block, dequantize_weights(own(p)), x)[1](dx)
                 return visit(i, dp, dx, stack, carry)
 
             return jax.lax.fori_loop(0, layers, body, (dx, stack, carry))
@@ -194,7 +199,7 @@ def value_and_update(
         for new_weights, new_state in (done, done_layers, done_last, ({}, shared)):
             weights |= new_weights
             state |= new_state
-        params = jax.tree.structure(params).unflatten(weights.values())
+        params = treedef.unflatten(weights.values())
         opt_state = jax.tree.structure(opt_state).unflatten(state.values())
         return ((loss, aux) if has_aux else loss), params, opt_state
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.int8 import is_int8
 from galore_jax.matrix.view import MatrixView
 
 
@@ -33,19 +34,24 @@ def is_boxed(x: Any) -> bool:
 
 
 def bare(tree: Any) -> Any:
-    """Take arrays out of the variables of Flax NNX and the boxes of Linen.
+    """Take arrays out of the variables of Flax NNX and the boxes of Linen, and decode weights.
 
     `nnx.Optimizer` calls `init` with variables and `update` with bare arrays; the state must not
     depend on which, nor a leaf's path on whether it is in a box.
     """
 
     def value(x):
+        if is_int8(x):
+            return x.decoded()
         if hasattr(x, "unbox"):
             # Not by `unbox`, which on a mesh constrains the array too.
             return x.value if hasattr(x, "value") else x.unbox()
         return x.get_value() if hasattr(x, "get_value") else x.raw_value
 
-    return jax.tree.map(lambda x: value(x) if is_boxed(x) else x, tree, is_leaf=is_boxed)
+    def holds(x):
+        return is_int8(x) or is_boxed(x)
+
+    return jax.tree.map(lambda x: value(x) if holds(x) else x, tree, is_leaf=holds)
 
 
 def shapes(tree: Any) -> Any:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.control import alike
+from galore_jax.int8 import is_int8
 from galore_jax.matrix.view import MatrixView
 from galore_jax.meshes import as_auto, auto_mesh, explicit_mesh, sharding_of
 from galore_jax.precision import wide
@@ -56,7 +57,7 @@ class FactoredUpdate:
         return _add_cast(w, self)
 
     def add_to(self, w: jax.Array, rounded: Callable[..., jax.Array], *more: jax.Array):
-        """`w + self`; `rounded(sum, index, *more)` casts the new matrix number `index`."""
+        """`w + self`; `rounded(sum, w, index, *more)` casts the new matrix number `index`."""
         if (mesh := explicit_mesh(w)) is not None:
             args = w, self, *more
             return as_auto(
@@ -73,36 +74,42 @@ class FactoredUpdate:
         projector = self.projector * jnp.where(self.unit == 0, 0, 1 / self.unit)
 
         def added(w, p, low_rank, decay, index):
-            w = wide(w)
+            old, w = w, w.decoded(view.dtype) if is_int8(w) else wide(w)
             new = w + lift(one, p, low_rank)
-            return rounded(new if decay is None else new + decay * w, index, *more)
+            return rounded(new if decay is None else new + decay * w, old, index, *more)
 
         if not axes:
             return added(w, projector, low_rank, decay, jnp.int32(0))
         count = math.prod(view.batch)
         flat = functools.partial(jax.tree.map, lambda x: x.reshape(count, *x.shape[axes:]))
         parts = flat((projector, low_rank, decay))
+
+        def whole(new):
+            return jax.tree.map(lambda x, like: x.reshape(like.shape), new, w)
+
         if auto_mesh(w) is not None:  # a loop over an axis that is cut would bring along all of it
             all_of_them = flat(w), *parts, np.arange(count, dtype=np.int32)
-            return jax.vmap(lambda x: added(*x))(all_of_them).reshape(w.shape)
+            return whole(jax.vmap(lambda x: added(*x))(all_of_them))
 
         def body(i, w):
             def at(x):
                 return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
             # Every read of the old matrix comes before the write, or XLA copies the stack.
-            projector, low_rank, decay = jax.tree.map(at, parts)
-            new = added(at(w), projector, low_rank, decay, i)
-            return jax.lax.dynamic_update_index_in_dim(w, new, i, 0)
+            old, (projector, low_rank, decay) = jax.tree.map(at, (w, parts))
+            new = added(old, projector, low_rank, decay, i)
+            return jax.tree.map(
+                lambda w, x: jax.lax.dynamic_update_index_in_dim(w, x, i, 0), w, new
+            )
 
         carried, *_ = alike((flat(w), parts))
-        return jax.lax.fori_loop(0, count, body, carried).reshape(w.shape)
+        return whole(jax.lax.fori_loop(0, count, body, carried))
 
 
 # Compiled once where steps are not.
 @jax.jit
 def _add_cast(w: jax.Array, update: FactoredUpdate) -> jax.Array:
-    return update.add_to(w, lambda x, index: x.astype(w.dtype))
+    return update.add_to(w, lambda x, old, index: x.astype(w.dtype))
 
 
 def lifted(

@@ -14,6 +14,7 @@ import optax
 from galore_jax import checks
 from galore_jax.call import Call
 from galore_jax.control import each_its_own, mean_over, names_of
+from galore_jax.int8 import is_int8
 from galore_jax.matrix.trees import bare, path_string
 from galore_jax.projector.gradient import ProjectedGradient, pack
 from galore_jax.projector.schedule import layer_numbers, made_at, per_view, schedule
@@ -136,8 +137,10 @@ def value_and_grad(
     @functools.wraps(loss_fn)
     def value_and_projected_grad(params, opt_state, *args, **kwargs):
         names = names_of(axis_name, "galore_jax.value_and_grad", needed=refresh)
-        leaves, treedef = jax.tree.flatten(each_its_own(params, names))
+        leaves, treedef = jax.tree.flatten(each_its_own(params, names), is_leaf=is_int8)
         taps = _taps(tx, params, opt_state, refresh, names, norm == "exact")
+        # What is not projected has a full gradient, which codes have none of.
+        leaves = [x.decoded() if is_int8(x) and i not in taps else x for i, x in enumerate(leaves)]
         gradients = {tap.rule.view.path: _gradient_shape(tap) for tap in taps.values()}
         check_links(tx, bare(params), opt_state, gradients)
         named, kwargs_def = jax.tree.flatten(kwargs)

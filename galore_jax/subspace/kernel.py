@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from galore_jax.control import cond, mean_over
 from galore_jax.matrix.view import MatrixView
 from galore_jax.meshes import as_auto, everywhere, explicit_mesh
+from galore_jax.node import ArrayNode
 from galore_jax.projector.basis import Methods
 from galore_jax.projector.gradient import Basis, pack
 from galore_jax.projector.project import project
@@ -65,14 +66,14 @@ class Rule:
 class Kernel(NamedTuple):
     """The arrays of a tapped kernel. The weight comes first: Linen checks its shape there."""
 
-    weight: jax.Array
+    weight: jax.Array  # or a node that stands for one
     projector: Stored
     slots: Slots
     turn: Turn | None  # None: no refresh in this program
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Tapped:
+class Tapped(ArrayNode):
     """A kernel as modules meet it: an array to them, by `__jax_array__`."""
 
     def __init__(self, kernel: Kernel, rule: Rule, dtype: Any = None):
@@ -89,19 +90,9 @@ class Tapped:
         return cls(Kernel(*children), *aux)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Shape of the weight."""
         return self.kernel.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return self.kernel.weight.ndim
-
-    @property
-    def size(self) -> int:
-        """Numbers in the weight."""
-        return self.kernel.weight.size
 
     @property
     def dtype(self) -> Any:
@@ -133,49 +124,19 @@ class Tapped:
         return weight.astype(self.dtype)
 
     def __getitem__(self, index: Any) -> Any:
-        if index is Ellipsis:
-            return self
         if isinstance(index, int) and self.rule.at(self.ndim).batch:  # one of the stack
             return Tapped(jax.tree.map(lambda a: a[index], self.kernel), self.rule, self._dtype)
-        return self.__jax_array__()[index]
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))
-
-    __array_ufunc__ = None  # NumPy's operators leave it to ours
-
-    def __getattr__(self, name: str) -> Any:  # T, reshape, ...
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.__jax_array__(), name)
-
-
-def _operator(name: str):
-    def method(self, other):
-        return getattr(self.__jax_array__(), name)(jnp.asarray(other))
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
-    for _op in (f"__{_name}__", f"__r{_name}__"):
-        setattr(Tapped, _op, _operator(_op))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(Tapped, f"__{_name}__", _operator(f"__{_name}__"))
-Tapped.__neg__ = lambda self: -self.__jax_array__()  # type: ignore[attr-defined]
+        return super().__getitem__(index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tap(rule: Rule, kernel: Kernel) -> jax.Array:
     """The weight; its cotangent is projected, in all the stacked matrices it still has."""
-    return kernel.weight
+    return jnp.asarray(kernel.weight)
 
 
 def _tap_forward(rule, kernel):
-    return kernel.weight, (kernel.projector, kernel.turn)
+    return _tap(rule, kernel), (kernel.projector, kernel.turn)
 
 
 def _tap_backward(rule, saved, dw):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.meshes import as_auto, everywhere, explicit_mesh, sharding_of
+from galore_jax.node import ArrayNode
 from galore_jax.projector.project import bases
 from galore_jax.subspace.kernel import Kernel, Rule, Tapped, as_kernel, cotangents
 
@@ -90,9 +91,9 @@ def promote_dtype(*args: Any, dtype: Any = None, inexact: bool = True) -> Any:
     """
     in_one = len(args) == 1 and isinstance(args[0], tuple | list)
     kind, given = (type(args[0]), args[0]) if in_one else (list, args)
-    arrays = [x if x is None or isinstance(x, Tapped) else jnp.asarray(x) for x in given]
+    arrays = [x if x is None or isinstance(x, ArrayNode) else jnp.asarray(x) for x in given]
     if dtype is None:
-        like = (jnp.zeros((), x.dtype) if isinstance(x, Tapped) else x for x in arrays)
+        like = (jnp.zeros((), x.dtype) if isinstance(x, ArrayNode) else x for x in arrays)
         dtype = jnp.result_type(*(x for x in like if x is not None))
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
@@ -105,7 +106,7 @@ def promote_dtype(*args: Any, dtype: Any = None, inexact: bool = True) -> Any:
 def _low_rank_matmul(static, x: jax.Array, kernel: Kernel) -> jax.Array:
     """`x @ W` for x (tokens, m); the weight's gradient is never formed but on a refresh."""
     _, dtype, precision = static
-    return jnp.dot(x, kernel.weight.astype(dtype), precision=precision)
+    return jnp.dot(x, jnp.asarray(kernel.weight.astype(dtype)), precision=precision)
 
 
 def _matmul_forward(static, x, kernel):

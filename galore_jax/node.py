@@ -1,0 +1,63 @@
+"""Nodes of a tree of parameters that modules meet as arrays, by `__jax_array__`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+
+class ArrayNode:
+    """What is common to kernels with arrays of their own: they act as the weight they stand for.
+
+    A subclass has `shape`, `dtype`, `astype` and `__jax_array__`.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Numbers in the weight."""
+        size = 1
+        for n in self.shape:
+            size *= n
+        return size
+
+    def __jax_array__(self) -> Any:
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if index is Ellipsis else self.__jax_array__()[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    __array_ufunc__ = None  # NumPy's operators leave it to ours
+
+    def __getattr__(self, name: str) -> Any:  # T, reshape, ...
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.__jax_array__(), name)
+
+
+def _operator(name: str):
+    def method(self, other):
+        return getattr(self.__jax_array__(), name)(jnp.asarray(other))
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    for _op in (f"__{_name}__", f"__r{_name}__"):
+        setattr(ArrayNode, _op, _operator(_op))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(ArrayNode, f"__{_name}__", _operator(f"__{_name}__"))
+ArrayNode.__neg__ = lambda self: -self.__jax_array__()  # type: ignore[attr-defined]
