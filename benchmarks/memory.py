@@ -8,14 +8,13 @@ params and state. The first command counts float32 steps for this machine's CPU,
 weights' bytes; `estimate` is `galore_jax.summary`'s of the same step, without the compiler's
 scratch. `growth` is what 2048 tokens cost more, over the bytes of the block inputs kept for them.
 
-The second compiles bfloat16 recipes for 24 GB (tier 3: 8-bit moments and int8 projectors, and
-`galore_muon` with its momentum in bfloat16) for the GPU that an XLA target config describes, with
-`jax-cuda13-plugin` installed and no GPU present. Counted is what the compiler plans: no CUDA
-context, fragmentation or solver workspace.
+The second compiles the step of `examples.pretrain --model 7b --recipe 24gb`, 16gb and 12gb, the
+refresh in the program, for the GPU that an XLA target config describes, with `jax-cuda13-plugin`
+installed and no GPU present. Counted is what the compiler plans: no CUDA context, fragmentation or
+solver workspace.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_jax
 from benchmarks import report, steps
-from examples import llama
+from examples import command_line, llama, meshes, pretrain, training
 
 GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "optax", "flax")
@@ -64,42 +63,17 @@ TARGETS = {
 }
 
 
-def small_muon(rank: int) -> optax.GradientTransformation:
-    """The family's recommendation, its momentum in bfloat16; embeddings and head keep float32."""
-    return galore_jax.galore_muon(
-        steps.LEARNING_RATE,
-        rank=rank,
-        accumulator_dtype="bfloat16",
-        weight_dimension_numbers=galore_jax.last_two_axes,
-    )
+# GiB of an RTX 4090 for a step of `--model 7b --recipe ...` with one sequence of 256 tokens, and of
+# 2048: the refresh of the projectors is in the program.
+CARD_TARGETS = {"24gb": (19.0, 20.5), "16gb": (14.75, 15.45), "12gb": (9.9, 10.6)}
 
 
-class GpuStep(NamedTuple):
-    length: int
-    refresh: bool
-    target: float | None  # GiB of an RTX 4090, model 7b
-    optimizer: Callable[[int], optax.GradientTransformation] = functools.partial(
-        small, method="subspace"
-    )
-
-
-GPU_STEPS = {
-    "1x256": GpuStep(LENGTH, False, 18.5),
-    "1x256, subspace refresh": GpuStep(LENGTH, True, 19),
-    "1x2048, chunked loss": GpuStep(LONG, False, 20.5),
-    "1x256, galore_muon, refresh": GpuStep(LENGTH, True, None, small_muon),
-    "1x2048, galore_muon, refresh": GpuStep(LONG, True, None, small_muon),
-}
-
-
-def program(problem, tier, tx, length, refresh=False, sharding=None):
+def program(problem, tier, tx, length, refresh=False):
     """The compiled step for one row of tokens."""
     state = jax.eval_shape(tx.init, problem.params)
     tokens = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
-    arguments = problem.params, state, tokens
-    if sharding is not None:
-        arguments = steps.placed(arguments, sharding)
-    return steps.compiled(steps.train_step(tier, problem.loss, tx, refresh), *arguments)
+    step = steps.train_step(tier, problem.loss, tx, refresh)
+    return steps.compiled(step, problem.params, state, tokens)
 
 
 def units(parts: dict[str, int], weights: int) -> dict[str, float]:
@@ -174,22 +148,34 @@ def gpu_sharding(config: pathlib.Path) -> NamedSharding:
     return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
 
 
-def gpu_figures(name: str, sharding: NamedSharding) -> dict[str, Any]:
-    """Bytes of the bfloat16 recipe, compiled for a GPU."""
-    config = dataclasses.replace(
-        llama.CONFIGS[name], param_dtype="bfloat16", dtype="bfloat16", remat=True
-    )
+def card_figures(name: str, sharding: NamedSharding) -> dict[str, Any]:
+    """Bytes of the command's own step by recipe and length, compiled for a GPU, and their parts."""
     found: dict[str, Any] = {}
-    problem = steps.stacked(config)
-    for step, (length, refresh, target, optimizer) in GPU_STEPS.items():
-        tx = optimizer(config.hidden // 4)
-        parts = steps.memory(program(problem, "layerwise", tx, length, refresh, sharding))
-        found[step] = parts | {"total_gib": parts["total"] / GIB}
-        if name == "7b" and target is not None:
-            found[step]["target_gib"] = target
-        sizes = ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
-        print(f"{name}, {step}: GiB {sizes}; target {found[step].get('target_gib')}", flush=True)
+    for card, targets in CARD_TARGETS.items():
+        for length, target in zip((LENGTH, LONG), targets, strict=True):
+            flags = ["--model", name, "--recipe", card, "--seq-len", str(length)]
+            state, step, tokens = command_step([*flags, "--run-dir", "none"])
+            arguments = steps.placed((state, tokens), sharding)
+            parts = steps.memory(step.lower(*arguments).compile())
+            parts |= {k: steps.nbytes(v) for k, v in state.items() if k in ("params", "opt_state")}
+            row = {k: v / GIB for k, v in parts.items()}
+            found[f"{card}, 1x{length}"] = row | ({"target": target} if name == "7b" else {})
+            sizes = ", ".join(f"{k} {v:.2f}" for k, v in row.items())
+            print(f"{name}, {card}, 1x{length}: GiB {sizes}; target {target}", flush=True)
     return found
+
+
+def command_step(flags: list[str]) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
+    """What `examples.pretrain` with these flags trains, its step, and a batch: shapes alone."""
+    config = command_line.parse(flags)
+    model_of, init, tx, schedule, *_ = pretrain.setup(config)
+    key = jax.random.key(config.seed) if config.stochastic_rounding else None
+    step = training.make_train_step(
+        model_of, tx, schedule, tier=config.tier, clip=config.clip or None, rounding_key=key
+    )
+    state = meshes.abstract_state(None, jax.eval_shape(init), tx)
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+    return state, step, tokens
 
 
 def main(argv=None):
@@ -209,12 +195,12 @@ def main(argv=None):
     else:
         sharding = gpu_sharding(args.target_config)
         for name in args.models or ["7b"]:
-            figures[name] = gpu_figures(name, sharding)
+            figures[name] = card_figures(name, sharding)
         target = args.target_config
         result = {
             "command": f"python -m benchmarks.memory --target-config {target.name}",
             "device": target.stem,
-            "unit": "bytes",
+            "unit": "GiB",
         }
         packages = (*PACKAGES, "jax-cuda13-plugin")
         report.write(f"memory_{target.stem}", result | {"models": figures}, packages, args.out)

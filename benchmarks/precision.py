@@ -1,4 +1,4 @@
-"""What 8-bit moments and quantised projectors cost in quality: final losses of the main job.
+"""What 8-bit moments, projectors and weights cost in quality: final losses of the main job.
 
     python -m benchmarks.precision
 
@@ -17,6 +17,8 @@ import tempfile
 
 from benchmarks import report
 
+INT8_WEIGHTS = ["--param-dtype", "int8", "--tier", "layerwise"]
+
 FORMATS = {
     "float32": [],
     "8-bit moments": ["--optimizer", "galore_adamw8bit"],
@@ -25,9 +27,14 @@ FORMATS = {
     "8-bit moments, int8 projectors": [
         *("--optimizer", "galore_adamw8bit", "--projector-dtype", "int8")
     ],
+    "bfloat16 weights, to nearest": ["--param-dtype", "bfloat16"],
+    "bfloat16 weights": ["--param-dtype", "bfloat16", "--stochastic-rounding"],
+    "int8 weights, to nearest": [*INT8_WEIGHTS, "--no-stochastic-rounding"],
+    "int8 weights": INT8_WEIGHTS,
 }
 # Largest differences that are good enough.
 WANTED = {"8-bit moments": 0.005, "int8 projectors": 0.005, "int4 projectors": 0.02}
+WANTED |= {"int8 weights": 0.01}
 
 
 def final_loss(options: list[str]) -> float:

@@ -142,7 +142,9 @@ def _check_taken(config: Config) -> None:
             return optimizer.decays
         return ("method" if name == "random_from" else name) in optimizer.options
 
-    recipe = config_lib.from_recipe(config.model, config.optimizer, config.steps, config.batch_size)
+    recipe = config_lib.from_recipe(
+        config.model, config.optimizer, config.steps, config.batch_size, config.recipe
+    )
     for name in (*optimizers.GALORE, "random_from", "weight_decay"):
         value = getattr(config, name)
         given = value != getattr(recipe, name)
@@ -160,7 +162,7 @@ def defaults(args: Sequence[str]) -> Config:
     So `--help` shows them as they are: `--model 60m --help` prints the recipe of 60m.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--resume", "--model", "--optimizer", "--steps"):
+    for name in ("--resume", "--model", "--recipe", "--optimizer", "--steps"):
         first.add_argument(name, nargs="?")
     first.add_argument("--batch-size", "--batch_size", nargs="?")
     first.add_argument("--init-from", "--init_from", nargs="?")
@@ -178,9 +180,10 @@ def defaults(args: Sequence[str]) -> Config:
     # What is no model, or no number, tyro explains when it reads the whole line.
     return config_lib.from_recipe(
         known.model if known.model in llama.CONFIGS else "tiny",
-        known.optimizer if known.optimizer in optimizers.OPTIMIZERS else "galore_adamw",
+        known.optimizer if known.optimizer in optimizers.OPTIMIZERS else None,
         number(known.steps),
         number(known.batch_size),
+        known.recipe if known.recipe in config_lib.CARDS else None,
         **({} if size is None else {"vocab_size": size}),
         **({} if known.param_dtype != "int8" else {"param_dtype": "int8"}),
     )

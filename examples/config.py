@@ -12,6 +12,18 @@ from examples import llama, optimizers, training
 from examples.errors import UserError
 from examples.files import write_atomically
 
+# What makes a 7B model fit on a card of so many GB, with one sequence at a time: layer by layer,
+# without the second backward pass of --clip. Measured by benchmarks/memory.py.
+CARDS: dict[str, dict[str, Any]] = {
+    "24gb": {"optimizer": "galore_adamw8bit", "projector_dtype": "int8", "param_dtype": "bfloat16"},
+    "16gb": {"optimizer": "galore_muon8bit", "rank": 256, "param_dtype": "bfloat16"},
+    "12gb": {"optimizer": "galore_muon8bit", "rank": 512, "param_dtype": "int8"},
+}
+_ON_A_CARD = {
+    **{"tier": "layerwise", "dtype": "bfloat16", "stochastic_rounding": True},
+    **{"batch_size": 1, "accumulate": 1, "clip": 0.0},
+}
+
 FORMAT = 1  # Of config.json and of what else lies in a run's folder.
 Dtype = Literal["float32", "bfloat16"]
 
@@ -25,6 +37,9 @@ class Model:
     init_from: str | None = None
     """Folder of a Hugging Face checkpoint to continue: shape, weights and tokenizer are its own,
     the recipe is still --model's, so give --lr and --seq-len. A run resumes while it is there."""
+    recipe: Literal[tuple(CARDS)] | None = None  # type: ignore[valid-type]
+    """What --model 7b takes to fit on a card of so much memory: optimizer, number formats, tier and
+    batch, each of which another flag may change."""
     optimizer: Literal[tuple(optimizers.OPTIMIZERS)]  # type: ignore[valid-type]
     """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, scale_sgd, foam,
     racs), or a full-rank counterpart."""
@@ -194,21 +209,28 @@ MAY_CHANGE = {
 
 def from_recipe(
     model: str = "tiny",
-    optimizer: str = "galore_adamw",
+    optimizer: str | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
+    card: str | None = None,
     **changes: Any,
 ) -> Config:
     """The recipe of a model, with what depends on the number of steps scaled to it.
 
     Args:
         model: a key of `llama.CONFIGS`.
-        optimizer: a key of `optimizers.OPTIMIZERS`; it sets the learning rate.
+        optimizer: a key of `optimizers.OPTIMIZERS`, by default the card's, or galore_adamw; it sets
+            the learning rate.
         steps: optimizer steps, the recipe's by default.
         batch_size: sequences a step, the recipe's by default.
+        card: a key of `CARDS`, whose settings come before the model's.
         **changes: any other field.
     """
     recipe = llama.RECIPES[model]
+    on_card = {} if card is None else {**_ON_A_CARD, **CARDS[card], "recipe": card}
+    optimizer = optimizer or on_card.get("optimizer", "galore_adamw")
+    if batch_size is not None:
+        on_card["batch_size"] = batch_size
     steps = recipe.steps if steps is None else steps
     name = f"{model}-{optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = {
@@ -227,7 +249,8 @@ def from_recipe(
         "eval_every": min(1000, -(-steps // 8)),
         "save_every": min(1000, -(-steps // 4)),
     }
-    return Config(model=model, optimizer=optimizer, steps=steps, **(settings | changes))
+    settings |= on_card | changes | {"model": model, "optimizer": optimizer, "steps": steps}
+    return Config(**settings)
 
 
 def model_name(config: Config) -> str:

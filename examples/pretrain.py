@@ -112,7 +112,8 @@ def stored(config: Config, params: dict) -> dict:
     """Parameters in the number format that the run keeps them in."""
     if config.param_dtype != "int8":
         return params
-    return galore_jax.quantize_weights(params, **optimizers.MATRICES)
+    which = optimizers.MATRICES["weight_dimension_numbers"]
+    return galore_jax.quantize_weights(params, weight_dimension_numbers=which)
 
 
 def setup(config: Config) -> Setup:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from galore_jax.node import ArrayNode
 from galore_jax.quantize import INT8, decode, encode, recode
@@ -31,12 +30,14 @@ class Int8Weight(ArrayNode):
     @classmethod
     def tree_unflatten(cls, dtype, children):
         """Undo `tree_flatten_with_keys`."""
-        return cls(*children, dtype)
+        codes, scales = children
+        return cls(codes, scales, dtype)
 
     @classmethod
     def of(cls, weight: jax.Array) -> Int8Weight:
         """The weight, rounded to the nearest codes."""
-        return cls(*encode(weight, INT8), jnp.result_type(weight))
+        codes, scales = encode(weight, INT8)
+        return cls(codes, scales, jnp.result_type(weight))
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -76,7 +77,8 @@ class Int8Weight(ArrayNode):
 
     def put(self, new: jax.Array, key: jax.Array | None) -> Int8Weight:
         """Other numbers in its place, to the nearest codes or, with a key, at random."""
-        return Int8Weight(*recode(new, self.scales, key), self._dtype)
+        codes, scales = recode(new, self.scales, key)
+        return Int8Weight(codes, scales, self._dtype)
 
 
 def is_int8(x: Any) -> bool:
@@ -84,7 +86,7 @@ def is_int8(x: Any) -> bool:
     return isinstance(x, Int8Weight)
 
 
-def dequantize_weights(params: optax.Params) -> optax.Params:
+def dequantize_weights(params: Any) -> Any:
     """Undo `quantize_weights`: arrays in each weight's dtype, to export or to compare.
 
     Args:

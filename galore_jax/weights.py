@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from galore_jax.int8 import Int8Weight, is_int8
 from galore_jax.matrix.plan import DEFAULT_EXCLUDE
@@ -16,11 +15,11 @@ from galore_jax.settings import Settings
 
 
 def quantize_weights(
-    params: optax.Params,
+    params: Any,
     *,
     exclude: str | None = DEFAULT_EXCLUDE,
     weight_dimension_numbers: Any = None,
-) -> optax.Params:
+) -> Any:
     r"""Weights that `galore` would project, in blockwise int8: one byte a number.
 
     Each block of up to 256 numbers x along the longer of the last two axes becomes codes c and one

@@ -56,7 +56,7 @@ class FactoredUpdate:
     def __radd__(self, w: jax.Array) -> jax.Array:
         return _add_cast(w, self)
 
-    def add_to(self, w: jax.Array, rounded: Callable[..., jax.Array], *more: jax.Array):
+    def add_to(self, w: Any, rounded: Callable[..., Any], *more: Any):
         """`w + self`; `rounded(sum, w, index, *more)` casts the new matrix number `index`."""
         if (mesh := explicit_mesh(w)) is not None:
             args = w, self, *more

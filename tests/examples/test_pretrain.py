@@ -36,10 +36,8 @@ def run(*args: str) -> int:
 
 def checkpoint(name: str, step: int, config: config_lib.Config) -> dict:
     """What the checkpoint of a step holds: state and position in the data."""
-    schedule = pretrain.learning_rate_schedule(config, config.learning_rate)
-    _, params = llama.create(pretrain.model_config(config), config.seed)
-    tx = pretrain.make_optimizer(config, schedule)
-    abstract = jax.eval_shape(lambda p: training.new_state(p, tx), params)
+    setup = pretrain.setup(config)
+    abstract = jax.eval_shape(lambda: training.new_state(setup.init(), setup.tx))
     assert checkpoints.choose(pathlib.Path(name)) == step
     data = iter(data_lib.load(config.data, vocab_size=300, seq_len=16, batch_size=4, seed=0).train)
     with checkpoints.opened(pathlib.Path(name), keep=10, data=data) as saver:
@@ -112,6 +110,7 @@ def test_a_recipe_takes_steps_that_help(folder, optimizer):
 
 SUBSPACE = ["--tier", "subspace", "--accumulate", "2", "--projector-dtype", "int4"]
 SUBSPACE += ["--param-dtype", "bfloat16", "--stochastic-rounding", "--method", "random"]
+CARD = ["--recipe", "12gb", "--batch-size", "4", "--skip-nonfinite", "2"]
 
 
 @pytest.mark.slow
@@ -119,6 +118,7 @@ SUBSPACE += ["--param-dtype", "bfloat16", "--stochastic-rounding", "--method", "
     ("optimizer", "data", "more"),
     [
         ("galore_lion8bit", "hf:texts", SUBSPACE),
+        ("galore_muon8bit", "texts", CARD),
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(folder, monkeypatch, optimizer, data, more):
@@ -157,6 +157,24 @@ def test_tiers_train_alike(folder):
     for name in ("subspace", "layerwise"):
         assert [row["grad_norm"] for row in rows[name]] == pytest.approx(norms, rel=1e-4)
     assert max(norms) > 0.3
+
+
+def test_a_recipe_for_a_card_is_where_flags_start():
+    """And the paper's for the model is where it starts."""
+    config = command_line.parse(["--model", "7b", "--recipe", "12gb"])
+    assert (config.optimizer, config.param_dtype, config.dtype) == (
+        "galore_muon8bit", "int8", "bfloat16",
+    )  # fmt: skip
+    assert (config.tier, config.batch_size, config.accumulate) == ("layerwise", 1, 1)
+    assert config.stochastic_rounding and config.clip == 0 and config.rank == 256
+    assert config.update_proj_gap == 500 and config.learning_rate == pytest.approx(0.01)
+    flags = ["--model", "7b", "--recipe", "24gb", "--batch-size", "2", "--lr", "0.1", "--rank", "8"]
+    config = command_line.parse([*flags, "--no-stochastic-rounding", "--optimizer", "fira"])
+    assert (config.batch_size, config.learning_rate, config.rank) == (2, 0.1, 8)
+    assert config.optimizer == "fira" and not config.stochastic_rounding
+    assert command_line.parse(["--model", "7b", "--recipe", "24gb"]).rank == 1024
+    config = command_line.parse(["--param-dtype", "int8", "--tier", "layerwise"])
+    assert config.stochastic_rounding and config.recipe is None
 
 
 # --- The step and the evaluation ---
@@ -310,6 +328,7 @@ def test_mistakes_end_without_a_traceback(folder, capsys):
     assert "--accumulate 2" in text and "--accumulate 1" in text
     assert "adafactor" in message("--tier", "layerwise", "--optimizer", "galore_adafactor")
     assert "--param-dtype float32" in message("--stochastic-rounding")
+    assert "--tier full" in message("--param-dtype", "int8")
     assert "--moments rotate" in message("--optimizer", "galore_adamw8bit", "--moments", "rotate")
     assert run("--steps", "2", "--run-dir", "there", "--sample-tokens", "0") == 0
     assert "--run-dir" in message("--run-dir", "there")

@@ -1,0 +1,114 @@
+"""What orthogonalising costs: a step of galore_muon and of Muon over AdamW's, by tokens a step.
+
+    python -m benchmarks.muon
+
+SmolLM2-135M's layers (576 wide, 1536 inside), four of its thirty, with as much of its vocabulary;
+T = 200 and no refresh among the steps. `optimizer` is the update alone. Steps are timed in turns in
+one process; figures are medians.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import galore_jax
+from benchmarks import report, steps
+from examples import llama, optimizers
+
+CONFIG = llama.LlamaConfig(6656, 576, 1536, heads=9, layers=4, kv_heads=3, remat=False)
+RATE, RANK = 0.02, 144
+ADAMW, MUON = "optax.adamw", "optax.contrib.muon"
+
+
+def all_optimizers() -> dict[str, optax.GradientTransformation]:
+    matrices: Any = {"weight_dimension_numbers": galore_jax.matrix_axes}
+    options = {"rank": RANK, **matrices}
+    return {
+        ADAMW: optax.adamw(RATE, weight_decay=0.1),
+        MUON: optimizers.muon(RATE, weight_decay=0.1),
+        "muon8bit": optimizers.muon(RATE, weight_decay=0.1, make=galore_jax.muon8bit),
+        "galore_muon": galore_jax.galore_muon(RATE, **options),
+        "galore_muon, int8": galore_jax.galore_muon(RATE, accumulator_dtype="int8", **options),
+        "foam": galore_jax.foam(RATE, **matrices),
+        "racs": galore_jax.racs(RATE, **matrices),
+        "galore_adamw": galore_jax.galore_adamw(RATE, **options),
+    }
+
+
+def in_turns(work: dict, rounds: int) -> dict[str, float]:
+    """Median seconds of each of several things to do, which keep their own state."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds + 1):  # the first one compiles, and refreshes
+        for name, do in work.items():
+            start = time.perf_counter()
+            jax.block_until_ready(do())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
+
+
+class Update:
+    """An optimizer's step on gradients of its own."""
+
+    def __init__(self, tx, params, grads):
+        def step(state, params, grads):
+            updates, state = tx.update(grads, state, params)
+            return state, optax.apply_updates(params, updates)
+
+        self.params, self.grads = jax.tree.map(jnp.copy, params), grads
+        self.state = jax.jit(tx.init)(self.params)
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+
+    def __call__(self):
+        self.state, self.params = self.step(self.state, self.params, self.grads)
+        return self.params
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"seconds": s, "over_adamw": s / seconds[ADAMW], "over_muon": s / seconds[MUON]}
+        for name, s in seconds.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args(argv)
+    found, problem = {}, steps.stacked(CONFIG)
+    params = steps.weights(problem.params)
+    grads = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size % 997), x.shape), problem.params
+    )
+    updates = {name: Update(tx, params, grads) for name, tx in all_optimizers().items()}
+    found["optimizer"] = ratios(in_turns(updates, 2 * args.rounds))
+    del updates, grads
+    for tokens in args.tokens:
+        rows = tokens // args.seq_len
+        work = {}
+        for name, tx in all_optimizers().items():
+            step = steps.train_step("full", problem.loss, tx)
+            batch = steps.tokens(CONFIG, rows, args.seq_len)
+            work[name] = steps.Running(step, tx, problem.params, batch)
+        found[f"{tokens} tokens"] = ratios(in_turns(work, args.rounds))
+        print(f"{tokens} tokens: done", flush=True)
+    names = list(all_optimizers())
+    report.table(
+        ["over optax.adamw", *found],
+        [[name, *(part[name]["over_adamw"] for part in found.values())] for name in names],
+    )
+    report.table(
+        ["over optax.contrib.muon", "optimizer"],
+        [[name, found["optimizer"][name]["over_muon"]] for name in names],
+    )
+    result = {"command": "python -m benchmarks.muon", "seq_len": args.seq_len, "rows": found}
+    report.write("muon", result, ("jax", "jaxlib", "optax"), args.out)
+
+
+if __name__ == "__main__":
+    main()
