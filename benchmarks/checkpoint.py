@@ -4,9 +4,13 @@
 
 FOLDER holds a Hugging Face checkpoint with its tokenizer; results/checkpoint.json is of
 SmolLM2-135M-Instruct. Each optimizer takes the same few steps on the source of Python's standard
-library, from the same weights; the loss is that of held-out text before and after.
+library, from the same weights, at three rates a factor of two apart; the row is of the best one.
+The loss is that of held-out text before and after.
+
+Rows of the same settings that the JSON already has are kept.
 """
 
+import json
 import pathlib
 import statistics
 import tempfile
@@ -18,14 +22,16 @@ from benchmarks import report, steps
 from examples import command_line, data, hf, pretrain, training
 from examples import tokenizer as bpe
 
-# --optimizer, its learning rate (a tenth of what it would begin with), and the tier.
+# --optimizer, the tier, and the rate in the middle.
 ROWS = {
-    "adamw": ("adamw", 2.5e-5, "full"),
-    "galore_adamw": ("galore_adamw", 1e-4, "full"),
-    "galore_adamw8bit, layer by layer": ("galore_adamw8bit", 1e-4, "layerwise"),
-    "galore_muon": ("galore_muon", 2e-4, "full"),
-    "frugal": ("frugal", 1e-4, "full"),
+    "adamw": ("adamw", "full", 5e-5),
+    "muon": ("muon", "full", 4e-4),
+    "galore_adamw": ("galore_adamw", "full", 2e-4),
+    "galore_adamw8bit, layer by layer": ("galore_adamw8bit", "layerwise", 2e-4),
+    "galore_muon": ("galore_muon", "full", 4e-4),
+    "frugal": ("frugal", "full", 1e-4),
 }
+FACTORS = (0.5, 1, 2)
 FLAGS = {"--batch-size": 4, "--seq-len": 128, "--warmup": 3, "--clip": 1.0}
 GALORE = {"--rank": 0.25, "--update-proj-gap": 10}
 
@@ -33,30 +39,48 @@ GALORE = {"--rank": 0.25, "--update-proj-gap": 10}
 def main(argv=None):
     parser = report.parser(__doc__)
     parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--eval-batches", type=int, default=16)
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as cache:
-        found = {name: run(name, args, cache) for name in ROWS}
-    first = next(iter(found.values()))
-    for row in found.values():
-        row["step_ratio"] = row["step_seconds"] / first["step_seconds"]
-    rows = [[name, *row.values()] for name, row in found.items()]
-    report.table(["optimizer", *first], rows)
     result = {
         "command": "python -m benchmarks.checkpoint FOLDER",
         "model": args.folder.name,
         "flags": FLAGS | GALORE | {"--steps": args.steps},
-        "optimizers": found,
     }
-    report.write("checkpoint", result, ("jax", "optax", "flax"), args.out)
+    found = known(args.out / "checkpoint.json", result)
+    with tempfile.TemporaryDirectory() as cache:
+        for name in args.rows:
+            found[name] = best(name, args, cache)
+            report.write(
+                "checkpoint", result | {"optimizers": found}, ("jax", "optax", "flax"), args.out
+            )
+    found = {name: found[name] for name in ROWS if name in found}
+    columns = [k for k in next(iter(found.values())) if k != "losses"]
+    report.table(["optimizer", *columns], [[n, *(r[k] for k in columns)] for n, r in found.items()])
 
 
-def run(name, args, cache):
-    """One optimizer's figures."""
-    optimizer, rate, tier = ROWS[name]
+def known(path: pathlib.Path, settings: dict) -> dict:
+    """The rows that a JSON has, if they are of these settings."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["optimizers"] if found and settings.items() <= found.items() else {}
+
+
+def best(name, args, cache):
+    """The figures of the best rate, with the losses of all."""
+    rates = [factor * ROWS[name][2] for factor in FACTORS]
+    found = {rate: run(name, rate, args, cache) for rate in rates}
+    rate = min(found, key=lambda r: found[r]["loss_after"])
+    losses = {f"{r:.3g}": row["loss_after"] for r, row in found.items()}
+    print(f"{name}: {losses}", flush=True)
+    return {"rate": rate} | found[rate] | {"losses": losses}
+
+
+def run(name, rate, args, cache):
+    """The figures of one training."""
+    optimizer, tier, _ = ROWS[name]
     flags = {"--init-from": args.folder, "--optimizer": optimizer, "--tier": tier} | FLAGS
-    flags |= {} if optimizer == "adamw" else GALORE
+    flags |= {} if optimizer in ("adamw", "muon") else GALORE
     flags |= {"--learning-rate": rate, "--steps": args.steps, "--cache-dir": cache}
     config = command_line.parse([str(x) for pair in flags.items() for x in pair])
     model_of, _, tx, schedule, *_ = pretrain.setup(config)

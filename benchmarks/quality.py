@@ -4,6 +4,8 @@
     python -m benchmarks.quality --quick    # minutes: whether everything runs
     python -m benchmarks.quality --gpu      # LLaMA-60M, 1,000 steps of 131,072 tokens
     python -m benchmarks.quality --text man # the same rates on a text that none was picked on
+    python -m benchmarks.quality --large    # the same rates, 8 times the weights, 200 steps
+    python -m benchmarks.quality --batch    # the same rates, 16 times the batch, 100 steps
 
 Every method trains the LLaMA of `examples.pretrain` on the source of the Python standard library
 with the same first weights and the same batches, seed by seed. The methods differ in what they
@@ -12,7 +14,8 @@ learning rate that was picked with AdamW. The learning rate of the kernels is pi
 method by the validation loss of runs of half the length with another seed: from a first guess up
 and down by factors of two, until the best has a worse one on either side. Variants of a method, in
 fewer bits or with another option, take its own. On another text (`man`: the manual pages of the
-machine, or files that are named) nothing is picked: rates are those of the first one's JSON.
+machine, or files that are named), with a larger model and with larger batches nothing is picked:
+rates are those of the first JSON.
 
 Runs lie in a folder of their own and are not taken twice; one that was cut off goes on from its
 last checkpoint. So call it again after an interruption, or with `--methods` for some rows: rows
@@ -56,7 +59,7 @@ class Method:
 
 
 _MUON, _MUON_INT8, _NORMUON, _NORMUON_INT8 = (
-    ("--optimizer", name, "--update-proj-gap", "200")
+    ("--optimizer", name, "--update-proj-gap", "20%")
     for name in ("galore_muon", "galore_muon8bit", "galore_normuon", "galore_normuon8bit")
 )
 
@@ -119,10 +122,16 @@ class Budget:
     embedding_rate: float
     methods: tuple[str, ...] = tuple(METHODS)
     reach: int = 4  # how many factors of two a rate may be from the first guess
+    picks: bool = True  # its own rates; otherwise they are those of "cpu"
 
 
 _TINY = ("--model", "tiny", "--vocab-size", "257")
 _SHORT_TESTS = ("--eval-batches", "16", "--last-eval-batches")
+# At another scale: one seed.
+_FEW = dict(
+    tuning_steps=0, tuning_seed=100, seeds=(0,), embedding_rate=32e-3, picks=False,
+    methods=("AdamW", "Muon", "8-bit Muon", "galore_muon", "galore_muon, int8", "FRUGAL"),
+)  # fmt: skip
 BUDGETS = {
     "quick": Budget(
         (*_TINY, "--seq-len", "32", "--batch-size", "2", *_SHORT_TESTS, "2"),
@@ -131,6 +140,13 @@ BUDGETS = {
     "cpu": Budget(
         (*_TINY, "--seq-len", "128", "--batch-size", "8", *_SHORT_TESTS, "128"),
         steps=1000, tuning_steps=500, tuning_seed=100, seeds=(0, 1, 2), embedding_rate=32e-3,
+    ),
+    "large": Budget(
+        ("--model", "small", *_TINY[2:], "--seq-len", "128", "--batch-size", "8", *_SHORT_TESTS,
+         "128"), steps=200, **_FEW,
+    ),
+    "batch": Budget(
+        (*_TINY, "--seq-len", "128", "--batch-size", "128", *_SHORT_TESTS, "8"), steps=100, **_FEW,
     ),
     "gpu": Budget(
         ("--model", "60m", "--dtype", "bfloat16", "--accumulate", "1", *_SHORT_TESTS, "16"),
@@ -189,8 +205,7 @@ class Run:
 
     def flags(self, budget: Budget) -> list[str]:
         """Its command line, without the folder."""
-        late = str(int(0.8 * self.steps))
-        own = [late if f == "80%" else f for f in METHODS[self.method].flags]
+        own = [_share(f, self.steps) for f in METHODS[self.method].flags]
         flags = {
             "--steps": self.steps,
             "--seed": self.seed,
@@ -220,6 +235,11 @@ class Run:
         digest = zlib.crc32(" ".join(self.flags(budget)).encode())
         name = "".join(c if c.isalnum() else "_" for c in self.method)
         return root / f"{name}-{self.rate:.3g}-{self.steps}-{self.seed}-{digest:08x}"
+
+
+def _share(flag: str, steps: int) -> str:
+    """A flag; a share of the steps as their number."""
+    return str(max(1, steps * int(flag[:-1]) // 100)) if flag.endswith("%") else flag
 
 
 def rows(folder: pathlib.Path) -> list[dict]:
@@ -453,7 +473,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument("--quick", action="store_const", const="quick", dest="budget")
-    budgets.add_argument("--gpu", action="store_const", const="gpu", dest="budget")
+    for scale in ("large", "batch", "gpu"):
+        budgets.add_argument(f"--{scale}", action="store_const", const=scale, dest="budget")
     parser.set_defaults(budget="cpu")
     parser.add_argument("--text", default=STDLIB, help=f"{STDLIB}, {MAN}, or a file or folder")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows")
@@ -465,7 +486,9 @@ def main(argv: list[str] | None = None) -> None:
     first = "quality" if args.budget == "cpu" else f"quality_{args.budget}"
     name = first if args.text == STDLIB else f"{first}_{pathlib.Path(args.text).stem}"
     budget, root = BUDGETS[args.budget], args.runs / args.budget
-    picked = known(args.out / f"{first}.json", budget)
+    picks = budget.picks and args.text == STDLIB
+    whence = (first, budget) if budget.picks else ("quality", BUDGETS["cpu"])
+    picked = known(args.out / f"{whence[0]}.json", whence[1])
     budget = on_text(budget, args.text, args.runs)
     if args.budget == "gpu" and jax.default_backend() == "cpu":
         print("no GPU: not measured")
@@ -496,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def rates_of(name: str) -> dict[float, float]:
         base = METHODS[name].rate_of or name
-        if args.text != STDLIB or (base != name and base in picked):
+        if not picks or (base != name and base in picked):
             return {float(rate): loss for rate, loss in picked[base]["tuning_losses"].items()}
 
         def at(rate):
@@ -512,8 +535,8 @@ def main(argv: list[str] | None = None) -> None:
         return rates
 
     wanted = args.methods or budget.methods
-    if args.text != STDLIB and (missing := {METHODS[n].rate_of or n for n in wanted} - {*picked}):
-        parser.error(f"--text {args.text}: measure {', '.join(sorted(missing))} on {STDLIB} first")
+    if not picks and (missing := {METHODS[n].rate_of or n for n in wanted} - {*picked}):
+        parser.error(f"measure {', '.join(sorted(missing))} on {STDLIB} first")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         rates = dict(zip(wanted, pool.map(whole_row, wanted), strict=True))
     table = collect(budget, root, rates)

@@ -33,7 +33,7 @@ class Model:
     """What is trained."""
 
     model: Literal[tuple(llama.CONFIGS)]  # type: ignore[valid-type]
-    """Size of the LLaMA. All but `tiny` are the paper's and want an accelerator."""
+    """Size of the LLaMA. All but `tiny` and `small` are the paper's and want an accelerator."""
     init_from: str | None = None
     """Folder of a Hugging Face checkpoint to continue: shape, weights and tokenizer are its own,
     the recipe is still --model's, so give --lr and --seq-len. A run resumes while it is there."""

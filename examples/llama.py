@@ -51,6 +51,7 @@ class Recipe:
 # The paper's sizes: untied heads, the T5 vocabulary rounded to 32000.
 CONFIGS = {
     "tiny": LlamaConfig(1024, 128, 352, heads=4, layers=4),
+    "small": LlamaConfig(1024, 256, 704, heads=4, layers=8),
     "60m": LlamaConfig(32000, 512, 1376, heads=8, layers=8),
     "130m": LlamaConfig(32000, 768, 2048, heads=12, layers=12),
     "350m": LlamaConfig(32000, 1024, 2736, heads=16, layers=24),
@@ -59,9 +60,10 @@ CONFIGS = {
 }
 
 # Table 2 and the scripts of the paper. For 1b they differ (512 and 1024): this is the table.
-# `tiny` is ours: it learns in two minutes on two CPU cores.
+# `tiny` and `small` are ours: the first learns in two minutes on two CPU cores.
 RECIPES = {
     "tiny": Recipe(32, 600, 60, 1, update_proj_gap=50, clip=1.0, batch_size=8, seq_len=128),
+    "small": Recipe(64, 600, 60, 1, update_proj_gap=50, clip=1.0, batch_size=8, seq_len=128),
     "60m": Recipe(128, 10_000, 1_000, 2),
     "130m": Recipe(256, 20_000, 2_000, 2),
     "350m": Recipe(256, 60_000, 6_000, 4),
