@@ -58,9 +58,8 @@ class Method:
     rate_of: str | None = None  # the method whose rate it takes, being a variant of it
 
 
-_MUON, _MUON_INT8, _NORMUON, _NORMUON_INT8 = (
-    ("--optimizer", name, "--update-proj-gap", "20%")
-    for name in ("galore_muon", "galore_muon8bit", "galore_normuon", "galore_normuon8bit")
+_MUON, _MUON_INT8 = (
+    ("--optimizer", name, "--update-proj-gap", "20%") for name in ("galore_muon", "galore_muon8bit")
 )
 
 
@@ -92,12 +91,7 @@ METHODS = {
     "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "tab:red", "Muon"),
     "galore_muon": Method(_MUON, 0.02, "tab:orange"),
     "galore_muon, int8": _muon_variant(of=_MUON_INT8),
-    "galore_muon, int8, rank 64": _muon_variant("--rank", "64", of=_MUON_INT8),
-    "galore_muon, by neuron": _muon_variant(of=_NORMUON),
-    "galore_muon, int8, by neuron": _muon_variant(of=_NORMUON_INT8),
-    "galore_muon, int8, rank 64, by neuron": _muon_variant("--rank", "64", of=_NORMUON_INT8),
-    "galore_muon, rank 64": _muon_variant("--rank", "64"),
-    "galore_muon, rank 8": _muon_variant("--rank", "8"),
+    "galore_muon, int8, rank 8": _muon_variant("--rank", "8", of=_MUON_INT8),
     "galore_muon, random directions": _muon_variant("--method", "random"),
     "galore_muon, GaLore's subspace": _muon_variant("--method", "randomized"),
     "LoRA": Method(("--weights", "lora"), 2e-3, "silver"),

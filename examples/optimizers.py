@@ -151,14 +151,6 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "galore_muon8bit": Optimizer(
         functools.partial(galore_jax.galore_muon, accumulator_dtype="int8"), 2.0, _MUON
     ),
-    "galore_normuon": Optimizer(
-        functools.partial(galore_jax.galore_muon, neuron_b2=0.95), 2.0, _MUON
-    ),
-    "galore_normuon8bit": Optimizer(
-        functools.partial(galore_jax.galore_muon, accumulator_dtype="int8", neuron_b2=0.95),
-        2.0,
-        _MUON,
-    ),
     "fira": _outside(galore_jax.fira, 1.0),
     "frugal": _outside(frugal, 1.0),
     "apollo": Optimizer(galore_jax.apollo, 0.25, ("rank", *_MINI)),

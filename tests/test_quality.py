@@ -65,8 +65,9 @@ def test_bytes_are_those_of_the_formulas():
     steps = 4 * len(sides)  # of the last refresh, by matrix
     assert sizes["GaLore"]["state_of_kernels"] == 4 * (2 * low + bases + steps)
     assert sizes["APOLLO"]["state_of_kernels"] == 4 * (2 * low + 4 * 7)  # and norms
+    neurons = 4 * (4 * 128 + 2 * 352 + 128)
     assert sizes["galore_muon"]["state_of_kernels"] == 4 * (
-        low + 4 * 7 * r + steps
+        low + 4 * 7 * r + steps + neurons
     )  # and which rows
     assert sizes["LoRA"]["weights"] == sizes["AdamW"]["weights"] + 4 * (low + bases)
     # Embedding, head and norms are AdamW's everywhere.

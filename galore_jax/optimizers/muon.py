@@ -30,6 +30,8 @@ _POLYNOMIALS = (
     (2.2183, -1.5940, 0.4107),
 )
 
+_LONG = 1.5  # over the other side: from there on iterating on the Gram matrix takes less
+
 _TINY = 1e-20
 
 
@@ -47,7 +49,7 @@ def galore_muon(
     *,
     nesterov: bool = True,
     accumulator_dtype: Any = None,
-    neuron_b2: jax.typing.ArrayLike | None = None,
+    neuron_b2: jax.typing.ArrayLike | None = 0.95,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -63,12 +65,12 @@ def galore_muon(
         M &= P (R + \mu B) + (G - P R) / \sqrt{1 - \mu^2} \\
         W &\leftarrow W - \eta \left(\sqrt{\max(1, n / m)}\; \mathrm{NS}(M) + \lambda W\right)
 
-    where NS is Newton-Schulz orthogonalisation, and with `neuron_b2` its columns are divided by
-    what they are on average (NorMuon), at the same norm. In the subspace M is Muon's (Nesterov)
+    where NS is Newton-Schulz orthogonalisation, its columns divided by their root mean square over
+    steps, at the same norm (NorMuon). In the subspace M is Muon's (Nesterov)
     momentum, outside of it the present gradient, weighted so that its noise is as large as that of
     B, a sum of gradients with weights :math:`\mu^k`. The update has full rank, the state has r:
-    r n numbers, B, where `galore_adamw` keeps r (m + 2 n) and Muon m n. Leaves that are not
-    projected take AdamW steps.
+    r n numbers, B, and n mean squares, where `galore_adamw` keeps r (m + 2 n) and Muon m n. Leaves
+    that are not projected take AdamW steps.
 
     Orthogonalised, all directions of a matrix count the same, so a subspace of the gradient's
     largest ones is not worth more than another. A random one serves better, and random rows of
@@ -84,8 +86,8 @@ def galore_muon(
         accumulator_dtype: of B, such as "bfloat16"; by default float32. "int8" is for 8-bit codes,
             see `trace8bit`: at a rank of a quarter of the width a quarter byte for each weight. The
             leaves that are not projected have moments in 8 bits then, see `adamw8bit`.
-        neuron_b2: decay rate of the mean square of each column of NS(M), one number for each; by
-            default none are kept.
+        neuron_b2: decay rate of the mean square of each column of NS(M), one number for each; None
+            keeps none and leaves NS(M) as it is.
         adam_learning_rate: of the leaves that are not projected, by default `learning_rate`,
             which suits the embeddings of small vocabularies alone: try AdamW's.
         b1: decay rate of their first moment.
@@ -111,9 +113,9 @@ def galore_muon(
         ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
         ...     params = optax.apply_updates(params, updates)
         ...     print(f"{loss(params):.0f}")
-        139
-        134
-        129
+        138
+        131
+        126
 
     References:
         Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Zhao et al.,
@@ -152,24 +154,45 @@ def galore_muon(
 def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:
     r"""All singular values of matrices (..., m, n) to about one, by Newton-Schulz iteration.
 
-    With A the smaller Gram matrix of X, a step is :math:`X \leftarrow (a I + b A + c A^2) X`. First
-    X is divided by :math:`\|A^2\|_F^{1/4}`, a bound on its largest singular value that lies closer
-    to it than its norm, the closer the larger X is. Singular values from 0.02 of that bound on end
-    between 0.9 and 1.1, smaller ones at 55 times what they were: Muon's five steps, which begin at
-    the norm, take as many of them to between 0.7 and 1.2.
+    With A the smaller Gram matrix of X, a step is :math:`X \leftarrow P X` with
+    :math:`P = a I + b A + c A^2`. First X is divided by :math:`\|A^2\|_F^{1/4}`, a bound on its
+    largest singular value that lies closer to it than its norm, the more so the larger X is.
+    Singular values from 0.02 of that bound on end between 0.9 and 1.1, smaller ones at 55 times
+    what they were. Muon's five steps, which begin at the norm, take as many of them to 0.7 to 1.2.
+
+    Of long matrices the steps are taken on A alone, :math:`A \leftarrow P A P`, and X is multiplied
+    once by the product of all P, which commute. (With more steps the rounding of A would grow.)
     """
     rows_first = x.shape[-2] <= x.shape[-1]
+    on_gram = max(x.shape[-2:]) > _LONG * min(x.shape[-2:])
     x = x / (_norm(x) + eps)  # no power of it is too large or too small
-    for step, (a, b, c) in enumerate(_POLYNOMIALS):
-        gram = contract(x, -1, x, -1) if rows_first else contract(x, -2, x, -2)
-        square = contract(gram, -1, gram, -2)
-        if step == 0:
-            bound = jnp.maximum(_norm(square), _TINY) ** 0.25
-            x, gram, square = x / bound, gram / bound**2, square / bound**4
-        polynomial = b * gram + c * square
-        product = (polynomial, -1, x, -2) if rows_first else (x, -1, polynomial, -2)
-        x = a * x + contract(*product)
-    return x
+
+    def gram_of(x):
+        return contract(x, -1, x, -1) if rows_first else contract(x, -2, x, -2)
+
+    def times(p, x):  # p is symmetric
+        return contract(p, -1, x, -2) if rows_first else contract(x, -1, p, -2)
+
+    gram = gram_of(x)
+    square = contract(gram, -1, gram, -2)
+    bound = jnp.maximum(_norm(square), _TINY) ** 0.25
+    x, gram, square = x / bound, gram / bound**2, square / bound**4
+    first, *others = _POLYNOMIALS
+    p = factor = _polynomial(first, gram, square)
+    x = x if on_gram else times(p, x)
+    for coefficients in others:
+        gram = contract(contract(p, -1, gram, -2), -1, p, -2) if on_gram else gram_of(x)
+        p = _polynomial(coefficients, gram, contract(gram, -1, gram, -2))
+        if on_gram:
+            factor = contract(p, -1, factor, -2)
+        else:
+            x = times(p, x)
+    return times(factor, x) if on_gram else x
+
+
+def _polynomial(coefficients, gram: jax.Array, square: jax.Array) -> jax.Array:
+    a, b, c = coefficients
+    return a * jnp.eye(gram.shape[-1], dtype=gram.dtype) + b * gram + c * square
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -283,6 +283,7 @@ def test_galore_muon(nesterov):
         method="svd",
         moments="keep",
         nesterov=nesterov,
+        neuron_b2=None,
     )
     params, states = run(tx)
     projectors = [galore_state(s).projector for s in states]
