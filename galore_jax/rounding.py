@@ -1,8 +1,8 @@
-"""Applying updates to bfloat16 weights with stochastic rounding.
+"""Applying updates to weights of few bits with stochastic rounding.
 
 A bfloat16 weight has 8 significant bits: an update below 1/512 of it is lost when the sum is
-rounded to nearest, and training stalls. Rounded up or down at random, so that the mean is
-right, small updates add up.
+rounded to nearest, and training stalls; one in 8-bit codes loses far more. Rounded up or down at
+random, so that the mean is right, small updates add up.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ def apply_updates(
         P(b) = (x - a) / (b - a),
 
     so that the mean of the rounded sum is the sum. Sums that bfloat16 holds exactly, infinite
-    ones and NaN come out as they are. Parameters of other dtypes, and all without a key, are
-    treated as by `optax.apply_updates`. Of an Equinox module the whole may be given, in the place
+    ones and NaN come out as they are. So are sums of weights in codes
+    (`galore_jax.quantize_weights`) to one of the two nearest levels, without a key to the nearest.
+    Parameters of other dtypes, and those of bfloat16 without a key, are treated as by
+    `optax.apply_updates`. Of an Equinox module the whole may be given, in the place
     of `eqx.apply_updates`, which takes no updates that are not multiplied out.
 
     Args:

@@ -7,6 +7,7 @@ low-rank array and no second moment, and what lies outside of it is the present 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -31,6 +32,8 @@ _POLYNOMIALS = (
 )
 
 _LONG = 1.5  # over the other side: from there on iterating on the Gram matrix takes less
+
+_AT_ONCE = 2**24  # numbers of a stack that is orthogonalised together: one matrix of 4096 by 4096
 
 _TINY = 1e-20
 
@@ -195,6 +198,15 @@ def _polynomial(coefficients, gram: jax.Array, square: jax.Array) -> jax.Array:
     return a * jnp.eye(gram.shape[-1], dtype=gram.dtype) + b * gram + c * square
 
 
+def _orthogonalise_stack(x: jax.Array) -> jax.Array:
+    """The same of a large stack (..., m, n) part by part: what is at work is a few times a part."""
+    together = max(1, _AT_ONCE // max(1, math.prod(x.shape[-2:])))
+    if math.prod(x.shape[:-2]) <= together:
+        return orthogonalise(x)
+    stack = x.reshape(-1, *x.shape[-2:])
+    return jax.lax.map(orthogonalise, stack, batch_size=together).reshape(x.shape)
+
+
 def _norm(x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
 
@@ -234,7 +246,7 @@ def _orthogonalised() -> optax.GradientTransformation:
     def update(updates, params):
         del params
         leaves, treedef = jax.tree.flatten(updates)
-        new = in_shares(orthogonalise, leaves)
+        new = in_shares(_orthogonalise_stack, leaves)
         return treedef.unflatten([max(1, x.shape[-1] / x.shape[-2]) ** 0.5 * x for x in new])
 
     return optax.stateless(update)

@@ -76,7 +76,8 @@ def value_and_grad(
       where bases differ, the update is NaN. Under `shard_map` there is `axis_name`.
 
     Args:
-        loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`.
+        loss_fn: `loss_fn(params, *args, **kwargs) -> loss`, or (loss, aux) with `has_aux`. Weights
+            of `params` may be in codes, see `galore_jax.quantize_weights`.
         tx: the optimizer, with a `galore` somewhere in it.
         has_aux: whether `loss_fn` returns something beside the loss.
         microbatches: k, into how many parts to cut the arrays in `args` along their first

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import galore_jax
+from galore_jax.optimizers import muon
 from galore_jax.optimizers.muon import orthogonalise
 from tests.problems import grads_like, low_rank_gradient, normal, params_like, train
 
@@ -343,6 +344,19 @@ def test_newton_schulz_by_singular_values(m, n, seed, size, decay):
     found = np.linalg.svd(got, compute_uv=False)
     reached = values > 0.02 * np.sum(values**8) ** (1 / 8)
     assert np.all(found <= 1.1) and np.all(found[: np.sum(reached)] > 0.9)
+
+
+def test_large_stacks_are_orthogonalised_part_by_part(monkeypatch):
+    x = jnp.asarray(normal(0, 7, 2, 24, 40))
+    want = orthogonalise(x)
+    for together in (1, 3 * 24 * 40, 2**24):
+        monkeypatch.setattr(muon, "_AT_ONCE", together)
+        np.testing.assert_allclose(muon._orthogonalise_stack(x), want, atol=1e-5)
+    step = jax.jit(muon._orthogonalise_stack)
+    monkeypatch.setattr(muon, "_AT_ONCE", 24 * 40)
+    stack = jnp.zeros((200, 24, 40))
+    temporaries = step.lower(stack).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < stack.nbytes / 4
 
 
 def test_newton_schulz_of_zeros_and_of_low_rank():
