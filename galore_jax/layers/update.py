@@ -70,9 +70,9 @@ def value_and_update(
 
     Returns:
         `f(params, opt_state, *args, rounding_key=None, **kwargs) -> (loss, params, opt_state)`,
-        ((loss, aux), ...) with `has_aux`. Given a `rounding_key`, bfloat16 weights and those in codes
-        (`galore_jax.quantize_weights`, decoded a layer at a time) are rounded stochastically, as by
-        `galore_jax.apply_updates`.
+        ((loss, aux), ...) with `has_aux`. Given a `rounding_key`, weights of bfloat16 and those in
+        codes (`galore_jax.quantize_weights`, decoded a layer at a time) are rounded stochastically,
+        as by `galore_jax.apply_updates`.
 
     Raises:
         ValueError: when called, for a loss without a `layerwise` or with several, for one whose
