@@ -122,7 +122,7 @@ class Budget:
 _TINY = ("--model", "tiny", "--vocab-size", "257")
 _SHORT_TESTS = ("--eval-batches", "16", "--last-eval-batches")
 # At another scale: one seed.
-_FEW = dict(
+_FEW: Any = dict(
     tuning_steps=0, tuning_seed=100, seeds=(0,), embedding_rate=32e-3, picks=False,
     methods=("AdamW", "Muon", "8-bit Muon", "galore_muon", "galore_muon, int8", "FRUGAL"),
 )  # fmt: skip

@@ -185,7 +185,7 @@ def defaults(args: Sequence[str]) -> Config:
         number(known.batch_size),
         known.recipe if known.recipe in config_lib.CARDS else None,
         **({} if size is None else {"vocab_size": size}),
-        **({} if known.param_dtype != "int8" else {"param_dtype": "int8"}),
+        **({} if known.param_dtype is None else {"param_dtype": known.param_dtype}),
     )
 
 

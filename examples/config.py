@@ -16,8 +16,8 @@ from examples.files import write_atomically
 # without the second backward pass of --clip. Measured by benchmarks/memory.py.
 CARDS: dict[str, dict[str, Any]] = {
     "24gb": {"optimizer": "galore_adamw8bit", "projector_dtype": "int8", "param_dtype": "bfloat16"},
-    "16gb": {"optimizer": "galore_muon8bit", "rank": 256, "param_dtype": "bfloat16"},
-    "12gb": {"optimizer": "galore_muon8bit", "rank": 512, "param_dtype": "int8"},
+    "16gb": {"optimizer": "galore_muon8bit", "rank": 1 / 16, "param_dtype": "bfloat16"},
+    "12gb": {"optimizer": "galore_muon8bit", "rank": 1 / 8, "param_dtype": "int8"},
 }
 _ON_A_CARD = {
     **{"tier": "layerwise", "dtype": "bfloat16", "stochastic_rounding": True},
@@ -250,6 +250,8 @@ def from_recipe(
         "save_every": min(1000, -(-steps // 4)),
     }
     settings |= on_card | changes | {"model": model, "optimizer": optimizer, "steps": steps}
+    if "stochastic_rounding" not in changes and settings.get("param_dtype") == "float32":
+        settings["stochastic_rounding"] = False
     return Config(**settings)
 
 

@@ -106,20 +106,30 @@ def new_state(
       weights: reads parameters that are there already into the host's memory, in place of `init`.
     """
     if shardings is None:
-        made = init() if weights is None else jax.tree.map(jnp.array, weights())
-        return training.new_state(made, tx)
+        made = init() if weights is None else jax.tree.map(_on_device, weights())
+        return _state_beside(made, tx)
     if weights is not None:
         placed = jax.tree.map(
             lambda x, where: jax.make_array_from_callback(x.shape, where, lambda part: x[part]),
             weights(),
             shardings["params"],
         )
-        rest = jax.jit(
-            lambda p: training.new_state(p, tx) | {"params": None},
-            out_shardings=shardings | {"params": None},
-        )
-        return rest(placed) | {"params": placed}
+        return _state_beside(placed, tx, shardings | {"params": None})
     return jax.jit(lambda: training.new_state(init(), tx), out_shardings=shardings)()
+
+
+def _state_beside(params: dict, tx: Any, shardings: Any = None) -> training.State:
+    """The state around parameters that are there already: under a `jit` nothing is made of them."""
+    rest = jax.jit(
+        lambda p: training.new_state(p, tx) | {"params": None},
+        **({} if shardings is None else {"out_shardings": shardings}),
+    )
+    return rest(params) | {"params": params}
+
+
+def _on_device(x: Any) -> jax.Array:
+    """An array of the device's own, which may be donated."""
+    return x if isinstance(x, jax.Array) else jnp.array(x)
 
 
 def abstract_state(

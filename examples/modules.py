@@ -106,3 +106,22 @@ def initializer_of(
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(seed)), nnx.Param))
 
     return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(seed)))), init
+
+
+def leaf_by_leaf(make: Callable[[], Any]) -> Callable[[], Any]:
+    """The tree that `make` gives, each of its weights made when the one before it is done.
+
+    What making one takes, such as a weight before it is in codes, exists once then.
+    """
+
+    def flat(tree):
+        return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, galore_jax.Int8Weight))
+
+    def init():
+        shapes, treedef = flat(jax.eval_shape(make))
+        return treedef.unflatten(
+            jax.block_until_ready(jax.jit(lambda i=i: flat(make())[0][i])())
+            for i in range(len(shapes))
+        )
+
+    return init

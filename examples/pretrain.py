@@ -27,6 +27,7 @@ from examples import (
     llama,
     loop,
     meshes,
+    modules,
     optimizers,
     processes,
     runs,
@@ -55,7 +56,8 @@ def model_config(config: Config) -> llama.LlamaConfig:
         vocab_size=config.vocab_size,
         param_dtype=config.dtype if config.param_dtype == "int8" else config.param_dtype,
         dtype=config.dtype,
-        remat=config.remat or config.tier == "layerwise",
+        # Codes are worth it only where no layer stays decoded for the backward pass.
+        remat=config.remat or config.tier == "layerwise" or config.param_dtype == "int8",
         loss_chunk=config.loss_chunk,
         batch_sharding=meshes.batch_sharding(meshes.create(config)),
     )
@@ -105,7 +107,9 @@ class Setup(NamedTuple):
 def initializer(config: Config) -> tuple[training.ModelOf, Callable[[], dict]]:
     """From parameters to the model of a run, and what makes the first ones."""
     graph, init = llama.initializer(model_config(config), config.seed)
-    return llama.from_graph(graph), lambda: stored(config, init())
+    if config.param_dtype != "int8":
+        return llama.from_graph(graph), init
+    return llama.from_graph(graph), modules.leaf_by_leaf(lambda: stored(config, init()))
 
 
 def stored(config: Config, params: dict) -> dict:

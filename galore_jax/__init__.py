@@ -2,7 +2,7 @@
 
 from galore_jax import chaining, multi_steps
 from galore_jax.chaining import chain
-from galore_jax.int8 import dequantize_weights
+from galore_jax.int8 import Int8Weight, dequantize_weights
 from galore_jax.layers.model import layerwise
 from galore_jax.layers.update import value_and_update
 from galore_jax.matrix.layouts import matrix_axes
@@ -83,6 +83,7 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     # Weights in 8 bits
     "quantize_weights",
     "dequantize_weights",
+    "Int8Weight",
     # Tools
     "matrix_axes",
     "last_two_axes",

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from galore_jax.node import ArrayNode
-from galore_jax.quantize import INT8, decode, encode, recode
+from galore_jax.quantize import INT8, decode, recode, spec
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -35,9 +36,12 @@ class Int8Weight(ArrayNode):
 
     @classmethod
     def of(cls, weight: jax.Array) -> Int8Weight:
-        """The weight, rounded to the nearest codes."""
-        codes, scales = encode(weight, INT8)
-        return cls(codes, scales, jnp.result_type(weight))
+        """The weight, or its shape, rounded to the nearest codes; a stack layer by layer."""
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            return jax.eval_shape(cls.of, weight)
+        weight = jnp.asarray(weight)
+        codes, scales = _coded(weight) if weight.ndim < 3 else jax.lax.map(_coded, weight)
+        return cls(codes, scales, weight.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -55,15 +59,27 @@ class Int8Weight(ArrayNode):
         return self.codes.sharding
 
     def __repr__(self) -> str:
+        if not hasattr(self.codes, "shape"):  # what a map over a tree has put there
+            return f"Int8Weight(codes={self.codes!r}, scales={self.scales!r})"
         return f"Int8Weight(shape={self.shape}, dtype={jnp.dtype(self._dtype).name})"
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int) and self.ndim > 2:  # one of the stack
+            return Int8Weight(self.codes[index], self.scales[index], self._dtype)
+        return super().__getitem__(index)
 
     def astype(self, dtype: Any) -> Int8Weight:
         """Used in another dtype."""
         return Int8Weight(self.codes, self.scales, jnp.dtype(dtype))
 
     def decoded(self, dtype: Any = None) -> Any:
-        """The weight as an array, in its dtype or another; of shapes its shape."""
+        """The weight as an array, in its dtype or another.
+
+        Of shapes its shape; of what else stands for arrays, as a sharding, that of the codes.
+        """
         dtype = dtype or self._dtype
+        if not hasattr(self.codes, "shape"):
+            return self.codes
         if isinstance(self.codes, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(self.shape, dtype)
         return decode(self.codes, self.scales, INT8, self.shape, dtype)
@@ -71,14 +87,23 @@ class Int8Weight(ArrayNode):
     def __jax_array__(self) -> jax.Array:
         return self.decoded()
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.decoded(), dtype)
+
     def plus(self, update: jax.Array, key: jax.Array | None) -> Int8Weight:
         """The weight with an update; the sum, in float32, is rounded at random with a key."""
-        return self.put(self.decoded(jnp.float32) + update.astype(jnp.float32), key)
+        return self.put(self.decoded(jnp.float32) + jnp.asarray(update, jnp.float32), key)
 
     def put(self, new: jax.Array, key: jax.Array | None) -> Int8Weight:
         """Other numbers in its place, to the nearest codes or, with a key, at random."""
         codes, scales = recode(new, self.scales, key)
         return Int8Weight(codes, scales, self._dtype)
+
+
+def _coded(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scales = spec(weight.shape, INT8).scales
+    codes, scales = recode(weight, jnp.zeros(scales.shape, scales.dtype))
+    return codes, scales
 
 
 def is_int8(x: Any) -> bool:

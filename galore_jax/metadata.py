@@ -36,7 +36,7 @@ def named(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
     Returns:
         The state; as it is where no parameter names its axes.
     """
-    boxes = jax.tree.leaves(params, is_leaf=lambda x: is_boxed(x) or is_int8(x))
+    boxes = jax.tree.leaves(params, is_leaf=lambda x: is_int8(x) or is_boxed(x))
     fields = [_field(x) for x in boxes]
     if not any(fields):
         return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,10 +24,7 @@ class ArrayNode:
     @property
     def size(self) -> int:
         """Numbers in the weight."""
-        size = 1
-        for n in self.shape:
-            size *= n
-        return size
+        return math.prod(self.shape)
 
     def __jax_array__(self) -> Any:
         raise NotImplementedError
@@ -43,7 +41,7 @@ class ArrayNode:
     __array_ufunc__ = None  # NumPy's operators leave it to ours
 
     def __getattr__(self, name: str) -> Any:  # T, reshape, ...
-        if name.startswith("_"):
+        if name.startswith("_") or hasattr(type(self), name):  # as where there are no arrays inside
             raise AttributeError(name)
         return getattr(self.__jax_array__(), name)
 

@@ -177,6 +177,7 @@ def recode(x: jax.Array, scales: jax.Array, key: jax.Array | None = None) -> Enc
     its mean is the number; otherwise to the nearest. A block keeps its scale while its numbers fit
     and use half of the range: at the same scale a number that does not change keeps its code, so
     there is noise only where there is change. Otherwise the new scale leaves 5 % of the range free.
+    A block with a number that is not finite decodes to NaN.
 
     Args:
         x: array of a floating dtype.
@@ -197,9 +198,10 @@ def recode(x: jax.Array, scales: jax.Array, key: jax.Array | None = None) -> Enc
         0.305
     """
     x = x.astype(jnp.float32)
-    x = jnp.where(jnp.abs(x) < jnp.inf, x, 0)
     axis = layout(x.shape).axis
     blocks, old = _blocks(x), jnp.expand_dims(scales, axis)
+    finite = jnp.all(jnp.isfinite(blocks), axis, keepdims=True)
+    blocks = jnp.where(finite, blocks, 0)
     top, bottom = _extremes(blocks, axis)
     largest = jnp.maximum(top, -bottom)
     reach = jnp.abs(old) * 127
@@ -210,7 +212,7 @@ def recode(x: jax.Array, scales: jax.Array, key: jax.Array | None = None) -> Enc
         noise = jax.random.bits(key, y.shape, jnp.uint16).astype(jnp.float32) / 2**16
     codes = jnp.clip(jnp.floor(y + noise), -128, 127)
     codes = _unblocks(codes, x.shape).astype(INT8.dtype)
-    return Encoded(codes, jnp.squeeze(scale, axis))
+    return Encoded(codes, jnp.squeeze(jnp.where(finite, scale, jnp.nan), axis))
 
 
 def spec(shape: tuple[int, ...], fmt: Format) -> Encoded:

@@ -16,6 +16,7 @@ import optax
 from galore_jax.int8 import Int8Weight, is_int8
 from galore_jax.precision import wide
 from galore_jax.projector.update import FactoredUpdate
+from galore_jax.warn import warn
 
 
 def apply_updates(
@@ -61,6 +62,12 @@ def apply_updates(
     References:
         Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020
     """
+    if key is None and any(map(is_int8, jax.tree.leaves(params, is_leaf=is_int8))):
+        warn(
+            "weights in 8-bit codes are rounded to the nearest level, which loses most small "
+            "updates. Give a key, a new one for each step: galore_jax.apply_updates(params, "
+            "updates, key), or rounding_key= to the step that galore_jax.value_and_update makes"
+        )
     position = iter(range(jax.tree.structure(params, is_leaf=is_int8).num_leaves))
 
     def apply(p, u):

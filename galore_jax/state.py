@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.call import Call, update_with
-from galore_jax.int8 import dequantize_weights
+from galore_jax.int8 import dequantize_weights, is_int8
 from galore_jax.matrix.plan import Plan, sites
 from galore_jax.matrix.trees import Sites, bare, shapes
 from galore_jax.projector.basis import Methods
@@ -110,6 +110,12 @@ def ask(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> list[T
     Raises:
         ValueError: where a state's galore is not reached by an update.
     """
+    if any(map(is_int8, jax.tree.leaves(opt_state, is_leaf=is_int8))):
+        raise ValueError(
+            "the optimizer's state was made like weights in 8-bit codes, which this optimizer does "
+            "not decode itself. Make it by jax.jit(lambda p: "
+            "tx.init(galore_jax.dequantize_weights(p)))(params)"
+        )
     answers = Answers()
     asking, states = _asking(opt_state, answers)
     if not states:

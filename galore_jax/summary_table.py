@@ -15,7 +15,7 @@ import optax
 
 from galore_jax.int8 import dequantize_weights, is_int8
 from galore_jax.layers.update import value_and_update
-from galore_jax.matrix.trees import owners, path_string
+from galore_jax.matrix.trees import owners, path_string, unboxed
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.ldadam import LDAdamState
 from galore_jax.projector.storage import from_tree
@@ -178,7 +178,7 @@ def summary(
 
 def _spared(params: optax.Params) -> dict[str, int]:
     """By path, the bytes that weights in codes take less than arrays would."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_int8)
+    leaves = jax.tree_util.tree_leaves_with_path(unboxed(params), is_leaf=is_int8)
     codes = ((path, x) for path, x in leaves if is_int8(x))
     return {path_string(p): _nbytes(jax.eval_shape(x.decoded)) - _nbytes(x) for p, x in codes}
 

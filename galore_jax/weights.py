@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from galore_jax.int8 import Int8Weight, is_int8
 from galore_jax.matrix.plan import DEFAULT_EXCLUDE
-from galore_jax.matrix.trees import bare
+from galore_jax.matrix.trees import bare, shapes
 from galore_jax.matrix.view import MatrixView
 from galore_jax.settings import Settings
 
@@ -31,10 +30,16 @@ def quantize_weights(
     Norms, biases, embeddings and whatever else galore does not project stay as they are. In the
     place of such a weight stands a node that Flax layers take as an array: it is decoded where it
     is used. `galore_jax.value_and_grad`, `galore_jax.value_and_update` and
-    `galore_jax.apply_updates` train it; without a key for stochastic rounding it does not learn,
-    since most updates are smaller than half a level. Optimizers see the weights decoded, which
-    under `jit` costs no memory: those of galore_jax do so by themselves, others take
-    `dequantize_weights(params)`. (`jax.grad` has no gradient of codes.)
+    `galore_jax.apply_updates` (`optax.apply_updates` does not know it) train it; without a key for
+    stochastic rounding it learns little, since most updates are smaller than half a level. Have
+    layers recomputed in the backward pass (`galore_jax.layerwise`, `jax.checkpoint`), or it keeps
+    each of them decoded. `jax.grad` refuses codes ("grad requires real- or complex-valued inputs").
+
+    Optimizers see the weights decoded. What holds nothing but transformations of galore_jax decodes
+    them itself; others are given `dequantize_weights(params)`, which under `jit` costs no memory:
+    `jax.jit(lambda p: tx.init(galore_jax.dequantize_weights(p)))(params)`, for `tx.update` too.
+
+    For one device: on a mesh, axes would have to be cut along blocks.
 
     Args:
         params: tree of parameters, floating.
@@ -56,7 +61,7 @@ def quantize_weights(
         True
         >>> loss = lambda p, x: jnp.mean((x @ p["kernel"] + p["bias"]) ** 2)
         >>> tx = galore_jax.galore_adamw(0.01, rank=2)
-        >>> state, x = tx.init(params), jax.random.normal(jax.random.key(0), (32, 8))
+        >>> state, x = jax.jit(tx.init)(params), jax.random.normal(jax.random.key(0), (32, 8))
         >>> for i in range(3):
         ...     value, grads = galore_jax.value_and_grad(loss, tx)(params, state, x)
         ...     updates, state = tx.update(grads, state, params)
@@ -72,7 +77,7 @@ def quantize_weights(
     """
     settings = Settings(rank=1, exclude=exclude, weight_dimension_numbers=weight_dimension_numbers)
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_int8)
-    plain = bare(treedef.unflatten([jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in leaves]))
+    plain = bare(shapes(treedef.unflatten(leaves)))
     chosen = [isinstance(found, MatrixView) for found in settings.plan(plain)]
     return treedef.unflatten(
         Int8Weight.of(x) if yes and not is_int8(x) else x

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.int8 import is_int8
+from galore_jax.int8 import dequantize_weights, is_int8
 from galore_jax.matrix.view import MatrixView
 
 
@@ -29,29 +29,31 @@ def is_boxed(x: Any) -> bool:
     Known by its methods, so that the library need not import Flax; before 0.12 a variable had a
     `raw_value` and no `get_value`.
     """
+    if is_int8(x):
+        return False
     variable = hasattr(x, "get_metadata") and (hasattr(x, "get_value") or hasattr(x, "raw_value"))
     return variable or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
 
 
 def bare(tree: Any) -> Any:
-    """Take arrays out of the variables of Flax NNX and the boxes of Linen, and decode weights.
+    """Arrays in the place of variables of Flax NNX, boxes of Linen and weights in codes.
 
     `nnx.Optimizer` calls `init` with variables and `update` with bare arrays; the state must not
     depend on which, nor a leaf's path on whether it is in a box.
     """
+    return dequantize_weights(unboxed(tree))
+
+
+def unboxed(tree: Any) -> Any:
+    """Take what is in the variables of Flax NNX and the boxes of Linen out of them."""
 
     def value(x):
-        if is_int8(x):
-            return x.decoded()
         if hasattr(x, "unbox"):
             # Not by `unbox`, which on a mesh constrains the array too.
             return x.value if hasattr(x, "value") else x.unbox()
         return x.get_value() if hasattr(x, "get_value") else x.raw_value
 
-    def holds(x):
-        return is_int8(x) or is_boxed(x)
-
-    return jax.tree.map(lambda x: value(x) if holds(x) else x, tree, is_leaf=holds)
+    return jax.tree.map(lambda x: value(x) if is_boxed(x) else x, tree, is_leaf=is_boxed)
 
 
 def shapes(tree: Any) -> Any:

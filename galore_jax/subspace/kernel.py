@@ -120,7 +120,9 @@ class Tapped(ArrayNode):
 
     def __jax_array__(self) -> jax.Array:
         self.check_untouched()
-        weight: Any = _tap(self.rule, self.kernel)
+        # What makes an array of a weight in codes is no part of the tap: it has no gradient.
+        kernel = self.kernel._replace(weight=jnp.asarray(self.kernel.weight))
+        weight: Any = _tap(self.rule, kernel)
         return weight.astype(self.dtype)
 
     def __getitem__(self, index: Any) -> Any:
@@ -132,11 +134,11 @@ class Tapped(ArrayNode):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tap(rule: Rule, kernel: Kernel) -> jax.Array:
     """The weight; its cotangent is projected, in all the stacked matrices it still has."""
-    return jnp.asarray(kernel.weight)
+    return kernel.weight
 
 
 def _tap_forward(rule, kernel):
-    return _tap(rule, kernel), (kernel.projector, kernel.turn)
+    return kernel.weight, (kernel.projector, kernel.turn)
 
 
 def _tap_backward(rule, saved, dw):

@@ -166,13 +166,15 @@ def test_a_recipe_for_a_card_is_where_flags_start():
         "galore_muon8bit", "int8", "bfloat16",
     )  # fmt: skip
     assert (config.tier, config.batch_size, config.accumulate) == ("layerwise", 1, 1)
-    assert config.stochastic_rounding and config.clip == 0 and config.rank == 256
+    assert config.stochastic_rounding and config.clip == 0 and config.rank == 1 / 8
     assert config.update_proj_gap == 500 and config.learning_rate == pytest.approx(0.01)
     flags = ["--model", "7b", "--recipe", "24gb", "--batch-size", "2", "--lr", "0.1", "--rank", "8"]
     config = command_line.parse([*flags, "--no-stochastic-rounding", "--optimizer", "fira"])
     assert (config.batch_size, config.learning_rate, config.rank) == (2, 0.1, 8)
     assert config.optimizer == "fira" and not config.stochastic_rounding
     assert command_line.parse(["--model", "7b", "--recipe", "24gb"]).rank == 1024
+    config = command_line.parse(["--recipe", "24gb", "--param-dtype", "float32"])
+    assert config.param_dtype == "float32" and not config.stochastic_rounding
     config = command_line.parse(["--param-dtype", "int8", "--tier", "layerwise"])
     assert config.stochastic_rounding and config.recipe is None
 
