@@ -513,8 +513,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def rates_of(name: str) -> dict[float, float]:
         base = METHODS[name].rate_of or name
-        if not picks or (base != name and base in picked):
-            return {float(rate): loss for rate, loss in picked[base]["tuning_losses"].items()}
+        row = picked.get(base) or picked.get(name)  # a variant's row has those of its base
+        if row and (not picks or base != name):
+            return {float(rate): loss for rate, loss in row["tuning_losses"].items()}
 
         def at(rate):
             return do(Run(base, rate, budget.tuning_steps, budget.tuning_seed))
@@ -529,7 +530,8 @@ def main(argv: list[str] | None = None) -> None:
         return rates
 
     wanted = args.methods or budget.methods
-    if not picks and (missing := {METHODS[n].rate_of or n for n in wanted} - {*picked}):
+    missing = {METHODS[n].rate_of or n for n in wanted if not {n, METHODS[n].rate_of} & {*picked}}
+    if not picks and missing:
         parser.error(f"measure {', '.join(sorted(missing))} on {STDLIB} first")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         rates = dict(zip(wanted, pool.map(whole_row, wanted), strict=True))
