@@ -156,7 +156,7 @@ class Numbers:
     """Number format of the activations."""
     stochastic_rounding: bool
     """Round bfloat16 and int8 weights up or down at random after a step, so that small steps
-    count. Int8 weights learn little without."""
+    count; by default for int8 weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

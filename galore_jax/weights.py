@@ -31,9 +31,9 @@ def quantize_weights(
     place of such a weight stands a node that Flax layers take as an array: it is decoded where it
     is used. `galore_jax.value_and_grad`, `galore_jax.value_and_update` and
     `galore_jax.apply_updates` (`optax.apply_updates` does not know it) train it; without a key for
-    stochastic rounding it learns little, since most updates are smaller than half a level. Have
-    layers recomputed in the backward pass (`galore_jax.layerwise`, `jax.checkpoint`), or it keeps
-    each of them decoded. `jax.grad` refuses codes ("grad requires real- or complex-valued inputs").
+    stochastic rounding updates below half a level are lost. Have layers recomputed in the backward
+    pass (`galore_jax.layerwise`, `jax.checkpoint`), or it keeps each of them decoded. `jax.grad`
+    refuses codes ("grad requires real- or complex-valued inputs").
 
     Optimizers see the weights decoded. What holds nothing but transformations of galore_jax decodes
     them itself; others are given `dequantize_weights(params)`, which under `jit` costs no memory:
