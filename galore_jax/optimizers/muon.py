@@ -195,7 +195,8 @@ def orthogonalise(x: jax.Array, eps: float = 1e-8) -> jax.Array:
 
 def _polynomial(coefficients, gram: jax.Array, square: jax.Array) -> jax.Array:
     a, b, c = coefficients
-    return a * jnp.eye(gram.shape[-1], dtype=gram.dtype) + b * gram + c * square
+    one = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return a * one + b * gram + c * square
 
 
 def _orthogonalise_stack(x: jax.Array) -> jax.Array:
