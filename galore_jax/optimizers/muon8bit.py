@@ -6,6 +6,7 @@ https://arxiv.org/abs/2509.23106.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,8 @@ def muon8bit(
         large = jax.tree.map(
             lambda x: not _is_masked(x) and x.size >= MIN_SIZE, _momentum(state), is_leaf=_is_masked
         )
-        return _encoded(state, large)
+        # It is zero: XLA would take long to find that out, encoding it when it compiles.
+        return _encoded(state, large, lambda x: quantize.zeros(x.shape, DYNAMIC))
 
     def update_fn(updates, state, params=None, **extra_args):
         check_state("muon8bit", state, Muon8bitState)
@@ -104,13 +106,17 @@ def _momentum(state: optax.OptState) -> optax.Updates:
     return muon.mu
 
 
-def _encoded(state: optax.OptState, large: Any) -> Muon8bitState:
+def _encoded(
+    state: optax.OptState,
+    large: Any,
+    encode: Callable[[jax.Array], quantize.Encoded] = lambda x: quantize.encode(x, DYNAMIC),
+) -> Muon8bitState:
     """The state with its momentum in codes, where `large` says so."""
     mu = _momentum(state)
 
     def part(i: int) -> optax.Updates:
         def one(is_large, x):
-            return quantize.encode(x, DYNAMIC)[i] if is_large else (x, optax.MaskedNode())[i]
+            return encode(x)[i] if is_large else (x, optax.MaskedNode())[i]
 
         return jax.tree.map(one, large, mu)
 
