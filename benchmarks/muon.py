@@ -9,6 +9,7 @@ one process; figures are medians.
 
 import statistics
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -24,10 +25,11 @@ RATE, RANK = 0.02, 144
 ADAMW, MUON = "optax.adamw", "optax.contrib.muon"
 
 
-def all_optimizers() -> dict[str, optax.GradientTransformation]:
+def all_optimizers(rows: Collection[str] = ()) -> dict[str, optax.GradientTransformation]:
+    """By name; only some, and the two that all are compared with."""
     matrices: Any = {"weight_dimension_numbers": galore_jax.matrix_axes}
     options = {"rank": RANK, **matrices}
-    return {
+    found = {
         ADAMW: optax.adamw(RATE, weight_decay=0.1),
         MUON: optimizers.muon(RATE, weight_decay=0.1),
         "muon8bit": optimizers.muon(RATE, weight_decay=0.1, make=galore_jax.muon8bit),
@@ -37,6 +39,7 @@ def all_optimizers() -> dict[str, optax.GradientTransformation]:
         "racs": galore_jax.racs(RATE, **matrices),
         "galore_adamw": galore_jax.galore_adamw(RATE, **options),
     }
+    return {n: tx for n, tx in found.items() if not rows or n in {ADAMW, MUON, *rows}}
 
 
 def in_turns(work: dict, rounds: int) -> dict[str, float]:
@@ -79,25 +82,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", choices=all_optimizers(), default=[])
     args = parser.parse_args(argv)
     found, problem = {}, steps.stacked(CONFIG)
     params = steps.weights(problem.params)
     grads = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(x.size % 997), x.shape), problem.params
     )
-    updates = {name: Update(tx, params, grads) for name, tx in all_optimizers().items()}
+    updates = {name: Update(tx, params, grads) for name, tx in all_optimizers(args.rows).items()}
     found["optimizer"] = ratios(in_turns(updates, 2 * args.rounds))
     del updates, grads
     for tokens in args.tokens:
         rows = tokens // args.seq_len
         work = {}
-        for name, tx in all_optimizers().items():
+        for name, tx in all_optimizers(args.rows).items():
             step = steps.train_step("full", problem.loss, tx)
             batch = steps.tokens(CONFIG, rows, args.seq_len)
             work[name] = steps.Running(step, tx, problem.params, batch)
         found[f"{tokens} tokens"] = ratios(in_turns(work, args.rounds))
         print(f"{tokens} tokens: done", flush=True)
-    names = list(all_optimizers())
+    names = list(found["optimizer"])
     report.table(
         ["over optax.adamw", *found],
         [[name, *(part[name]["over_adamw"] for part in found.values())] for name in names],
