@@ -47,11 +47,14 @@ def main(argv=None):
         "command": "python -m benchmarks.checkpoint FOLDER",
         "model": args.folder.name,
         "flags": FLAGS | GALORE | {"--steps": args.steps},
+        "rate_factors": list(FACTORS),
     }
     found = known(args.out / "checkpoint.json", result)
     with tempfile.TemporaryDirectory() as cache:
         for name in args.rows:
             found[name] = best(name, args, cache)
+            first = found.get("adamw", found[name])
+            found[name]["step_ratio"] = found[name]["step_seconds"] / first["step_seconds"]
             report.write(
                 "checkpoint", result | {"optimizers": found}, ("jax", "optax", "flax"), args.out
             )

@@ -7,17 +7,14 @@ T = 200 and no refresh among the steps. `optimizer` is the update alone. Steps a
 one process; figures are medians.
 """
 
-import statistics
-import time
 from collections.abc import Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import galore_jax
-from benchmarks import report, steps
+from benchmarks import optimizer_step, report, steps
 from examples import llama, optimizers
 
 CONFIG = llama.LlamaConfig(6656, 576, 1536, heads=9, layers=4, kv_heads=3, remat=False)
@@ -42,34 +39,6 @@ def all_optimizers(rows: Collection[str] = ()) -> dict[str, optax.GradientTransf
     return {n: tx for n, tx in found.items() if not rows or n in {ADAMW, MUON, *rows}}
 
 
-def in_turns(work: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each of several things to do, which keep their own state."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds + 1):  # the first one compiles, and refreshes
-        for name, do in work.items():
-            start = time.perf_counter()
-            jax.block_until_ready(do())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
-
-
-class Update:
-    """An optimizer's step on gradients of its own."""
-
-    def __init__(self, tx, params, grads):
-        def step(state, params, grads):
-            updates, state = tx.update(grads, state, params)
-            return state, optax.apply_updates(params, updates)
-
-        self.params, self.grads = jax.tree.map(jnp.copy, params), grads
-        self.state = jax.jit(tx.init)(self.params)
-        self.step = jax.jit(step, donate_argnums=(0, 1))
-
-    def __call__(self):
-        self.state, self.params = self.step(self.state, self.params, self.grads)
-        return self.params
-
-
 def ratios(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
     return {
         name: {"seconds": s, "over_adamw": s / seconds[ADAMW], "over_muon": s / seconds[MUON]}
@@ -89,8 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     grads = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(x.size % 997), x.shape), problem.params
     )
-    updates = {name: Update(tx, params, grads) for name, tx in all_optimizers(args.rows).items()}
-    found["optimizer"] = ratios(in_turns(updates, 2 * args.rounds))
+    updates = {
+        name: optimizer_step.JaxStep(tx, grads, params).plain
+        for name, tx in all_optimizers(args.rows).items()
+    }
+    found["optimizer"] = ratios(report.in_turns(updates, 2 * args.rounds))
     del updates, grads
     for tokens in args.tokens:
         rows = tokens // args.seq_len
@@ -99,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
             step = steps.train_step("full", problem.loss, tx)
             batch = steps.tokens(CONFIG, rows, args.seq_len)
             work[name] = steps.Running(step, tx, problem.params, batch)
-        found[f"{tokens} tokens"] = ratios(in_turns(work, args.rounds))
+        found[f"{tokens} tokens"] = ratios(report.in_turns(work, args.rounds))
         print(f"{tokens} tokens: done", flush=True)
     names = list(found["optimizer"])
     report.table(

@@ -20,7 +20,7 @@ CARDS: dict[str, dict[str, Any]] = {
     "12gb": {"optimizer": "galore_muon8bit", "rank": 1 / 8, "param_dtype": "int8"},
 }
 _ON_A_CARD = {
-    **{"tier": "layerwise", "dtype": "bfloat16", "stochastic_rounding": True},
+    **{"tier": "layerwise", "dtype": "bfloat16"},
     **{"batch_size": 1, "accumulate": 1, "clip": 0.0},
 }
 
@@ -244,14 +244,13 @@ def from_recipe(
         "rank": recipe.rank,
         "update_proj_gap": recipe.update_proj_gap,
         "scale": recipe.scale,
-        "stochastic_rounding": changes.get("param_dtype") == "int8",
         "run_dir": str(pathlib.Path("runs") / name),
         "eval_every": min(1000, -(-steps // 8)),
         "save_every": min(1000, -(-steps // 4)),
     }
     settings |= on_card | changes | {"model": model, "optimizer": optimizer, "steps": steps}
-    if "stochastic_rounding" not in changes and settings.get("param_dtype") == "float32":
-        settings["stochastic_rounding"] = False
+    few_bits = ("int8",) if card is None else ("int8", "bfloat16")
+    settings.setdefault("stochastic_rounding", settings.get("param_dtype") in few_bits)
     return Config(**settings)
 
 

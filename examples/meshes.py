@@ -120,10 +120,7 @@ def new_state(
 
 def _state_beside(params: dict, tx: Any, shardings: Any = None) -> training.State:
     """The state around parameters that are there already: under a `jit` nothing is made of them."""
-    rest = jax.jit(
-        lambda p: training.new_state(p, tx) | {"params": None},
-        **({} if shardings is None else {"out_shardings": shardings}),
-    )
+    rest = jax.jit(lambda p: training.new_state(p, tx) | {"params": None}, out_shardings=shardings)
     return rest(params) | {"params": params}
 
 

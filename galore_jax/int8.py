@@ -44,7 +44,7 @@ class Int8Weight(ArrayNode):
         return cls(codes, scales, weight.dtype)
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         return self.codes.shape
 

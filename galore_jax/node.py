@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import Any
 
 import jax.numpy as jnp
 
 
-class ArrayNode:
-    """What is common to kernels with arrays of their own: they act as the weight they stand for.
+class ArrayNode(abc.ABC):
+    """What is common to kernels with arrays of their own: they act as the weight they stand for."""
 
-    A subclass has `shape`, `dtype`, `astype` and `__jax_array__`.
-    """
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
 
-    shape: tuple[int, ...]
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """Dtype that the weight is used in."""
+
+    @abc.abstractmethod
+    def astype(self, dtype: Any) -> Any:
+        """The same weight, used in another dtype."""
+
+    @abc.abstractmethod
+    def __jax_array__(self) -> Any: ...
 
     @property
     def ndim(self) -> int:
@@ -26,9 +39,6 @@ class ArrayNode:
         """Numbers in the weight."""
         return math.prod(self.shape)
 
-    def __jax_array__(self) -> Any:
-        raise NotImplementedError
-
     def __getitem__(self, index: Any) -> Any:
         return self if index is Ellipsis else self.__jax_array__()[index]
 
@@ -37,6 +47,9 @@ class ArrayNode:
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
+
+    def __neg__(self) -> Any:
+        return -self.__jax_array__()
 
     __array_ufunc__ = None  # NumPy's operators leave it to ours
 
@@ -58,4 +71,3 @@ for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
         setattr(ArrayNode, _op, _operator(_op))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(ArrayNode, f"__{_name}__", _operator(f"__{_name}__"))
-ArrayNode.__neg__ = lambda self: -self.__jax_array__()  # type: ignore[attr-defined]

@@ -173,10 +173,15 @@ def decode(
 def recode(x: jax.Array, scales: jax.Array, key: jax.Array | None = None) -> Encoded:
     r"""Quantise an array of numbers that change little by little to `INT8`.
 
-    With a key each number goes to one of its two neighbours among the levels, at random, so that
-    its mean is the number; otherwise to the nearest. A block keeps its scale while its numbers fit
-    and use half of the range: at the same scale a number that does not change keeps its code, so
-    there is noise only where there is change. Otherwise the new scale leaves 5 % of the range free.
+    With x a block, s its scale and u uniform on [0, 1),
+
+    .. math::
+        c = \mathrm{clip}(\lfloor x / s + u \rfloor, -128, 127)
+
+    so that the mean of s c is x; without a key u is 1/2, which is to the nearest level. A block
+    keeps its scale while its numbers fit and use half of the range: at the same scale a number that
+    does not change keeps its code, so there is noise only where there is change. Otherwise the new
+    scale leaves 5 % of the range free.
     A block with a number that is not finite decodes to NaN.
 
     Args:

@@ -165,9 +165,8 @@ def summary(
         other += rest
         other_full += rest_full
     steps = _steps(tx, rows, told, state, params, whole, loss_fn, args)
-    rows = [
-        dataclasses.replace(r, weights=r.weights - _spared(params).get(r.path, 0)) for r in rows
-    ]
+    spared = _spared(params)
+    rows = [dataclasses.replace(r, weights=r.weights - spared.get(r.path, 0)) for r in rows]
     elsewhere = _nbytes(params) - sum(row.weights for row in rows)
     rows.append(Row("(other)", None, "not per leaf", None, elsewhere, 0, other, other_full))
     fields = ("weights", "projector", "inner_state", "without_galore")

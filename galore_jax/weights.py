@@ -51,6 +51,9 @@ def quantize_weights(
         The tree, with an `Int8Weight` in the place of each such leaf. Its leaves, codes and scales,
         are saved and restored as others are.
 
+    Raises:
+        TypeError, ValueError: as `galore` for `exclude` and `weight_dimension_numbers`.
+
     Example:
         >>> import jax, jax.numpy as jnp, galore_jax
         >>> params = {"kernel": jnp.linspace(-1, 1, 128).reshape(8, 16), "bias": jnp.ones(16)}

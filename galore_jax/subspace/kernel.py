@@ -90,7 +90,7 @@ class Tapped(ArrayNode):
         return cls(Kernel(*children), *aux)
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         return self.kernel.weight.shape
 

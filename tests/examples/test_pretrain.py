@@ -12,9 +12,12 @@ import optax
 import pytest
 from flax import nnx
 
+import galore_jax
 from examples import (
     checkpoints,
     command_line,
+    export,
+    hf,
     llama,
     optimizers,
     pretrain,
@@ -137,6 +140,9 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, monkeypatch, optimizer
     whole, parts = checkpoint("whole", 20, config), checkpoint("parts", 20, config)
     assert int(whole["state"]["step"]) == 20 and whole["data"] == parts["data"]
     jax.tree.map(np.testing.assert_array_equal, whole["state"], parts["state"])
+    export.export(pathlib.Path("whole"), pathlib.Path("exported"))
+    params = galore_jax.dequantize_weights(whole["state"]["params"])
+    jax.tree.map(np.testing.assert_array_equal, hf.load_hf("exported")[1], params)
 
 
 @pytest.mark.slow
