@@ -82,7 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         ["over optax.contrib.muon", "optimizer"],
         [[name, found["optimizer"][name]["over_muon"]] for name in names],
     )
-    result = {"command": "python -m benchmarks.muon", "seq_len": args.seq_len, "rows": found}
+    result = {
+        "command": "python -m benchmarks.muon",
+        "settings": {name: getattr(args, name) for name in ("rows", "tokens", "seq_len", "rounds")},
+        "rows": found,
+    }
     report.write("muon", result, ("jax", "jaxlib", "optax"), args.out)
 
 
