@@ -1,6 +1,7 @@
 """A real checkpoint goes on training by several optimizers: loss, state, peak and time of a step.
 
     python -m benchmarks.checkpoint FOLDER
+    python -m benchmarks.checkpoint --quick   # a small one, made here
 
 FOLDER holds a Hugging Face checkpoint with its tokenizer; results/checkpoint.json is of
 SmolLM2-135M-Instruct. Each optimizer takes the same few steps on the source of Python's standard
@@ -10,6 +11,7 @@ The loss is that of held-out text before and after.
 Rows of the same settings that the JSON already has are kept.
 """
 
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -19,7 +21,7 @@ import time
 import jax
 
 from benchmarks import report, steps
-from examples import command_line, data, hf, pretrain, training
+from examples import command_line, data, hf, llama, pretrain, training
 from examples import tokenizer as bpe
 
 # --optimizer, the tier, and the rate in the middle.
@@ -38,26 +40,31 @@ GALORE = {"--rank": 0.25, "--update-proj-gap": 10}
 
 def main(argv=None):
     parser = report.parser(__doc__)
-    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("folder", type=pathlib.Path, nargs="?")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--eval-batches", type=int, default=16)
-    args = parser.parse_args(argv)
+    args = report.parse(parser, argv, rows=["adamw", "galore_muon"], steps=2, eval_batches=1)
+    if args.folder is None and not args.quick:
+        parser.error("give the FOLDER of a Hugging Face checkpoint with its tokenizer")
+    with tempfile.TemporaryDirectory() as cache:
+        measure(args, args.folder or small_checkpoint(pathlib.Path(cache) / "small"), cache)
+
+
+def measure(args, folder: pathlib.Path, cache: str) -> None:
+    """Every row, written as soon as it is known."""
     result = {
-        "command": "python -m benchmarks.checkpoint FOLDER",
-        "model": args.folder.name,
+        "model": folder.name,
         "flags": FLAGS | GALORE | {"--steps": args.steps},
         "rate_factors": list(FACTORS),
     }
     found = known(args.out / "checkpoint.json", result)
-    with tempfile.TemporaryDirectory() as cache:
-        for name in args.rows:
-            found[name] = best(name, args, cache)
-            first = found.get("adamw", found[name])
-            found[name]["step_ratio"] = found[name]["step_seconds"] / first["step_seconds"]
-            report.write(
-                "checkpoint", result | {"optimizers": found}, ("jax", "optax", "flax"), args.out
-            )
+    for name in args.rows:
+        found[name] = best(name, args, folder, cache)
+        first = found.get("adamw", found[name])
+        found[name]["step_ratio"] = found[name]["step_seconds"] / first["step_seconds"]
+        whole = {"command": args.command} | result | {"optimizers": found}
+        report.write("checkpoint", whole, out=args.out)
     found = {name: found[name] for name in ROWS if name in found}
     columns = [k for k in next(iter(found.values())) if k != "losses"]
     report.table(["optimizer", *columns], [[n, *(r[k] for k in columns)] for n, r in found.items()])
@@ -69,20 +76,29 @@ def known(path: pathlib.Path, settings: dict) -> dict:
     return found["optimizers"] if found and settings.items() <= found.items() else {}
 
 
-def best(name, args, cache):
+def small_checkpoint(folder: pathlib.Path) -> pathlib.Path:
+    """A new model, and a tokenizer trained on this file."""
+    config = dataclasses.replace(llama.CONFIGS["tiny"], vocab_size=300, layers=2)
+    hf.save_hf(folder, config, llama.create(config, seed=0)[1])
+    made = bpe.train([pathlib.Path(__file__).read_text()], config.vocab_size)
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def best(name, args, folder, cache):
     """The figures of the best rate, with the losses of all."""
     rates = [factor * ROWS[name][2] for factor in FACTORS]
-    found = {rate: run(name, rate, args, cache) for rate in rates}
+    found = {rate: run(name, rate, args, folder, cache) for rate in rates}
     rate = min(found, key=lambda r: found[r]["loss_after"])
     losses = {f"{r:.3g}": row["loss_after"] for r, row in found.items()}
     print(f"{name}: {losses}", flush=True)
     return {"rate": rate} | found[rate] | {"losses": losses}
 
 
-def run(name, rate, args, cache):
+def run(name, rate, args, folder, cache):
     """The figures of one training."""
     optimizer, tier, _ = ROWS[name]
-    flags = {"--init-from": args.folder, "--optimizer": optimizer, "--tier": tier} | FLAGS
+    flags = {"--init-from": folder, "--optimizer": optimizer, "--tier": tier} | FLAGS
     flags |= {} if optimizer in ("adamw", "muon") else GALORE
     flags |= {"--learning-rate": rate, "--steps": args.steps, "--cache-dir": cache}
     config = command_line.parse([str(x) for pair in flags.items() for x in pair])
@@ -93,12 +109,12 @@ def run(name, rate, args, cache):
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         seed=0,
-        vocabulary=bpe.of_checkpoint(args.folder, config.vocab_size),
+        vocabulary=bpe.of_checkpoint(folder, config.vocab_size),
     )
     batches = iter(loaded.train)
     held_out = list(data.validation_batches(loaded.validation, config.seq_len, config.batch_size))
     held_out = held_out[:: -(-len(held_out) // args.eval_batches)]
-    state = training.new_state(jax.tree.map(jax.numpy.array, hf.load_hf(args.folder)[1]), tx)
+    state = training.new_state(jax.tree.map(jax.numpy.array, hf.load_hf(folder)[1]), tx)
     eval_step = training.make_eval_step(model_of)
     before = training.evaluate(eval_step, state["params"], held_out)["val_loss"]
     step = training.make_train_step(model_of, tx, schedule, tier=config.tier, clip=config.clip)

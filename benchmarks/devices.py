@@ -26,7 +26,6 @@ from examples import llama, meshes, optimizers
 
 DEVICES = 8
 GIB = 2**30
-PACKAGES = ("jax", "jaxlib", "optax", "flax")
 OPTIMIZERS = ("adamw", "muon", "galore_adamw", "galore_adamw8bit", "galore_muon")
 
 # Bytes that a device receives, over those of the result, on n devices.
@@ -117,7 +116,7 @@ def main(argv=None):
     parser = report.parser(__doc__)
     parser.add_argument("--model", default="7b")
     parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS)
-    args = parser.parse_args(argv)
+    args = report.parse(parser, argv, model="60m", optimizers=OPTIMIZERS[::2])
     mesh = jax.make_mesh((DEVICES,), ("fsdp",), axis_types=(AxisType.Auto,))
     config = llama.CONFIGS[args.model]
     params = steps.stacked(config).params
@@ -131,13 +130,13 @@ def main(argv=None):
     rows = [[name, *(f"{x / GIB:.2f}" for x in row.values())] for name, row in found.items()]
     report.table(["GiB", "state", "a device", "sent, plain", "sent, refresh"], rows)
     result = {
-        "command": "python -m benchmarks.devices",
+        "command": args.command,
         "model": args.model,
         "rank": galore["rank"],
         "weights_bytes": steps.nbytes(params),
         "optimizers": found,
     }
-    report.write("devices", result, PACKAGES, args.out)
+    report.write("devices", result, out=args.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the signed map resolves; `wrong` is the share of codes that are not the nearest 
 All in turns in one process, medians.
 """
 
-import argparse
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -24,7 +23,7 @@ from galore_jax.optimizers import eightbit
 from galore_jax.quantize import BLOCK, DYNAMIC
 
 SHAPES = [*[(8, 128, 512)] * 4, *[(8, 128, 1376)] * 3, (512, 1376)]
-PACKAGES = ("jax", "jaxlib", "optax", "bitsandbytes", "torch", "numpy")
+PACKAGES = ("bitsandbytes", "torch", "numpy")
 OPTIMIZERS = {
     "optax.scale_by_adam": optax.scale_by_adam(),
     "scale_by_adam8bit": eightbit.scale_by_adam8bit(),
@@ -162,10 +161,10 @@ def bytes_a_number(tx):
     return sum(x.size * x.dtype.itemsize for x in arrays) / sum(x.size for x in shapes)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+def main(argv=None):
+    parser = report.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=41, help="timed calls of each")
-    args = parser.parse_args()
+    args = report.parse(parser, argv, repeats=1)
 
     rng = np.random.default_rng(0)
     grads = [jnp.asarray(1e-2 * rng.standard_normal(s), jnp.float32) for s in SHAPES]
@@ -207,7 +206,7 @@ def main():
     report.write(
         "eightbit",
         {
-            "command": "python -m benchmarks.eightbit",
+            "command": args.command,
             "update_seconds": seconds,
             "state_bytes_a_number": stored,
             "ratios": ratios,
@@ -215,6 +214,7 @@ def main():
             "coding_share_wrong": off,
         },
         PACKAGES,
+        args.out,
     )
 
 

@@ -11,7 +11,6 @@ own of GLUE.
 import json
 import pathlib
 import random
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
@@ -115,14 +114,14 @@ def prepare(folder: pathlib.Path, epochs: float) -> tuple[pathlib.Path, list[str
 
 
 def main(argv=None):
-    given = sys.argv[1:] if argv is None else argv
     parser = report.parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--first-epochs", type=float, default=8)
     parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--rates", nargs="+", type=float, default=[1.0, 3.0, 10.0])
-    args = parser.parse_args(given)
+    small = dict(methods=["full", "galore"], seeds=["0"], rates=[10.0])
+    args = report.parse(parser, argv, first_epochs=0.1, epochs=0.1, **small)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         base, task = prepare(folder, args.first_epochs)
@@ -130,9 +129,8 @@ def main(argv=None):
         print(finetune_table.table([folder / method for method in args.methods]))
     report.write(
         "finetune",
-        {"command": " ".join(["python -m benchmarks.finetune", *given]), "methods": result},
-        ("jax", "optax", "flax"),
-        args.out,
+        {"command": args.command, "methods": result},
+        out=args.out,
     )
 
 

@@ -40,7 +40,6 @@ from benchmarks.memory import small
 from examples import llama
 from galore_jax.projector.basis import METHODS
 
-PACKAGES = ("jax", "jaxlib", "optax", "flax")
 NOT_MEASURED = "not measured"
 LIMIT = 24e9  # bytes of a 24 GB card
 START_SECONDS = 15  # a process, before it has compiled anything
@@ -225,7 +224,7 @@ def main(argv=None):
     parser.add_argument("--budget", type=float, default=500, help="seconds for everything")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--child", help="for its own processes")
-    args = parser.parse_args(argv)
+    args = report.parse(parser, argv, smoke=True, rows=["tier 2"], steps=1)
     if args.child:
         return child(Configuration(*json.loads(args.child)))
 
@@ -256,11 +255,10 @@ def main(argv=None):
         {
             "device": device,
             "bytes": total if name else NOT_MEASURED,
-            "command": "python -m benchmarks.gpu",
+            "command": args.command,
             "models": results,
         },
-        PACKAGES,
-        args.out,
+        out=args.out,
     )
 
 

@@ -73,7 +73,7 @@ def figures(path):
 
 
 def main(argv=None):
-    args = report.parser(__doc__).parse_args(argv)
+    args = report.parse(report.parser(__doc__), argv)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = {path.stem: figures(path) for path in sorted(TREES.glob("*.json"))}
@@ -83,8 +83,8 @@ def main(argv=None):
     ]
     head = [f"{rule}: {k}" for rule in RULES for k in ("right", "state")]
     report.table(["model", "weights", *head], rows)
-    result = {"command": "python -m benchmarks.layouts", "rank": 0.25, "models": found}
-    report.write("layouts", result, ("jax", "optax"), args.out)
+    result = {"command": args.command, "rank": 0.25, "models": found}
+    report.write("layouts", result, out=args.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ solver workspace.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,6 @@ from benchmarks import report, steps
 from examples import command_line, llama, meshes, pretrain, training
 
 GIB = 2**30
-PACKAGES = ("jax", "jaxlib", "optax", "flax")
 LENGTH, LONG = 256, 2048
 
 
@@ -90,13 +89,14 @@ def estimate(problem, tier, tx) -> int | None:
     return next(step.total for step in found.steps if step.tier == tier)
 
 
-def model_figures(name: str, config: llama.LlamaConfig) -> dict[str, Any]:
+def model_figures(name: str, config: llama.LlamaConfig, recipes: Iterable[str]) -> dict[str, Any]:
     """What the compiler says of each recipe for one model."""
     config = dataclasses.replace(config, remat=True)
     problem, rank = steps.stacked(config), config.hidden // 4
     weights = steps.nbytes(problem.params)
     compiled, estimates, long = {}, {}, {}
-    for recipe, (tier, optimizer, programs) in RECIPES.items():
+    for recipe in recipes:
+        tier, optimizer, programs = RECIPES[recipe]
         tx = optimizer(rank)
         if estimated := estimate(problem, tier, tx):
             estimates[recipe] = estimated / weights
@@ -184,26 +184,27 @@ def main(argv=None):
     parser.add_argument(
         "--target-config", type=pathlib.Path, help="XLA's description of a GPU, as protobuf text"
     )
-    args = parser.parse_args(argv)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    args = report.parse(parser, argv, models=["tiny"], recipes=["adamw", "tier 2"])
     figures = {}
     if args.target_config is None:
         for name in args.models or ["60m", "130m", "350m", "1b", "7b"]:
-            figures[name] = model_figures(name, llama.CONFIGS[name])
+            figures[name] = model_figures(name, llama.CONFIGS[name], args.recipes)
             print_model(name, figures[name])
-        result = {"command": "python -m benchmarks.memory", "unit": "weights' bytes"}
-        report.write("memory", result | {"models": figures}, PACKAGES, args.out)
+        result = {"command": args.command, "unit": "weights' bytes"}
+        report.write("memory", result | {"models": figures}, out=args.out)
     else:
         sharding = gpu_sharding(args.target_config)
         for name in args.models or ["7b"]:
             figures[name] = card_figures(name, sharding)
         target = args.target_config
         result = {
-            "command": f"python -m benchmarks.memory --target-config {target.name}",
+            "command": args.command,
             "device": target.stem,
             "unit": "GiB",
         }
-        packages = (*PACKAGES, "jax-cuda13-plugin")
-        report.write(f"memory_{target.stem}", result | {"models": figures}, packages, args.out)
+        result |= {"models": figures}
+        report.write(f"memory_{target.stem}", result, ("jax-cuda13-plugin",), args.out)
 
 
 if __name__ == "__main__":

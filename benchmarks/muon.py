@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", choices=all_optimizers(), default=[])
-    args = parser.parse_args(argv)
+    small = dict(tokens=[64], seq_len=64, rounds=1, rows=["galore_muon"])
+    args = report.parse(parser, argv, **small)
     found, problem = {}, steps.stacked(CONFIG)
     params = steps.weights(problem.params)
     grads = jax.tree.map(
@@ -83,11 +84,11 @@ def main(argv: list[str] | None = None) -> None:
         [[name, found["optimizer"][name]["over_muon"]] for name in names],
     )
     result = {
-        "command": "python -m benchmarks.muon",
+        "command": args.command,
         "settings": {name: getattr(args, name) for name in ("rows", "tokens", "seq_len", "rounds")},
         "rows": found,
     }
-    report.write("muon", result, ("jax", "jaxlib", "optax"), args.out)
+    report.write("muon", result, out=args.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ energy is ||P^T G||^2 over that of the leading singular vectors. The library's d
 keep 0.999 of it here and on the slowly falling spectra of `benchmarks.optimizer_step`.
 """
 
-import argparse
 import dataclasses
 import inspect
 import os
@@ -30,7 +29,8 @@ from examples import data, llama
 from galore_jax.projector.basis import METHODS
 
 LEAST = 0.999
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+SETTINGS = ("models", "steps", "gap", "layers")
+PACKAGES = ("numpy",)
 
 
 def training_gradients(model, steps, gap, layers):
@@ -92,13 +92,13 @@ def measure(model, args):
     return times, shares
 
 
-def main():
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+def main(argv=None):
+    parser = report.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["60m", "350m"])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--gap", type=int, default=20, help="T, between two refreshes")
     parser.add_argument("--layers", type=int, default=1)
-    args = parser.parse_args()
+    args = report.parse(parser, argv, models=["60m"], steps=1, gap=1)
 
     times, shares = {m: {} for m in METHODS}, {m: [] for m in METHODS}
     for model in args.models:
@@ -124,8 +124,8 @@ def main():
     report.write(
         "projectors",
         {
-            "command": "python -m benchmarks.projectors",
-            "arguments": vars(args),
+            "command": args.command,
+            "arguments": {name: getattr(args, name) for name in SETTINGS},
             "seconds": seconds,
             "median_energy_over_svd": median,
             "least_energy_over_svd": least,
@@ -133,6 +133,7 @@ def main():
             "default": default,
         },
         PACKAGES,
+        args.out,
     )
 
 

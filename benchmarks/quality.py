@@ -1,7 +1,7 @@
 """Which optimizer learns most from the same tokens, and at what memory: the family, measured.
 
     python -m benchmarks.quality            # CPU: a tiny LLaMA, 1,000 steps, three seeds; hours
-    python -m benchmarks.quality --quick    # minutes: whether everything runs
+    python -m benchmarks.quality --quick    # a minute or two, some rows: whether everything runs
     python -m benchmarks.quality --gpu      # LLaMA-60M, 1,000 steps of 131,072 tokens
     python -m benchmarks.quality --text man # the same rates on a text that none was picked on
     python -m benchmarks.quality --large    # the same rates, 8 times the weights, 200 steps
@@ -130,6 +130,7 @@ BUDGETS = {
     "quick": Budget(
         (*_TINY, "--seq-len", "32", "--batch-size", "2", *_SHORT_TESTS, "2"),
         steps=8, tuning_steps=4, tuning_seed=100, seeds=(0,), embedding_rate=32e-3, reach=0,
+        methods=("AdamW", "Muon", "galore_muon, int8", "LoRA"),
     ),
     "cpu": Budget(
         (*_TINY, "--seq-len", "128", "--batch-size", "8", *_SHORT_TESTS, "128"),
@@ -466,7 +467,6 @@ def show(table: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     budgets = parser.add_mutually_exclusive_group()
-    budgets.add_argument("--quick", action="store_const", const="quick", dest="budget")
     for scale in ("large", "batch", "gpu"):
         budgets.add_argument(f"--{scale}", action="store_const", const=scale, dest="budget")
     parser.set_defaults(budget="cpu")
@@ -476,7 +476,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/quality"))
     parser.add_argument("--speed-rounds", type=int, default=5, help="of 10 steps; 0: not measured")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
-    args = parser.parse_args(argv)
+    args = report.parse(parser, argv, budget="quick", speed_rounds=0)
     first = "quality" if args.budget == "cpu" else f"quality_{args.budget}"
     name = first if args.text == STDLIB else f"{first}_{pathlib.Path(args.text).stem}"
     budget, root = BUDGETS[args.budget], args.runs / args.budget
@@ -488,7 +488,7 @@ def main(argv: list[str] | None = None) -> None:
         print("no GPU: not measured")
         if not known(args.out / "quality_gpu.json", budget):
             result = {"budget": dataclasses.asdict(budget), "methods": NOT_MEASURED}
-            report.write("quality_gpu", result, ("jax", "jaxlib", "optax", "flax"), args.out)
+            report.write("quality_gpu", {"command": args.command} | result, out=args.out)
         return
 
     # Each training at a time has its share of the cores.
@@ -544,8 +544,9 @@ def main(argv: list[str] | None = None) -> None:
             table[method]["speed"] = speed
     show(table)
     draw(table, args.out, name)
-    result = {"budget": dataclasses.asdict(budget), "methods": table, "verdicts": verdicts(table)}
-    report.write(name, result, ("jax", "jaxlib", "optax", "flax"), args.out)
+    result = {"command": args.command, "budget": dataclasses.asdict(budget)}
+    result |= {"methods": table, "verdicts": verdicts(table)}
+    report.write(name, result, out=args.out)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def parse(
 
 def portable(argv: Sequence[str]) -> list[str]:
     """The words of a command without where they lay on this machine."""
-    words = [re.sub(r"^(--[^=]+=)?/(.*/)?", r"\1", word) for word in argv]
+    words = [re.sub(r"^(--[^=]+=)?/(.*/)?(?=[^/])", r"\1", word) for word in argv]
     while "--out" in words:
         at = words.index("--out")
         del words[at : at + 2]

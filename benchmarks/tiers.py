@@ -26,7 +26,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from benchmarks import report, steps
 from examples import llama
 
-PACKAGES = ("jax", "jaxlib", "optax", "flax")
+SETTINGS = (
+    *("plain", "refreshes", "passes", "gap", "stagger_gap", "model", "rank", "batch", "length"),
+)
 MODEL = llama.LlamaConfig(4096, 512, 1376, heads=8, layers=8)
 ADAMW, CONTRIB = "optax.adamw", "optax.contrib.galore"
 FORMS = {"blocks stacked by the loss": steps.restacked, "blocks in a list": steps.unrolled}
@@ -121,7 +123,8 @@ def main(argv=None):
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    args = parser.parse_args(argv)
+    small = dict(model="tiny", rank=8, batch=1, length=16, gap=4, stagger_gap=4)
+    args = report.parse(parser, argv, plain=1, refreshes=1, passes=1, **small)
 
     config = llama.CONFIGS[args.model] if args.model else MODEL
     tokens = steps.tokens(config, args.batch, args.length)
@@ -150,9 +153,9 @@ def main(argv=None):
     report.write(
         "tiers",
         {
-            "command": "python -m benchmarks.tiers",
+            "command": args.command,
             "model": dataclasses.asdict(config),
-            "settings": {k: v for k, v in vars(args).items() if k != "out"},
+            "settings": {name: getattr(args, name) for name in SETTINGS},
             "seconds": seconds,
             "amortised_seconds": step,
             "contrib": f"refuses stacked layers; compared by its faster form, {contrib!r}",
@@ -160,8 +163,7 @@ def main(argv=None):
             "ratios": ratios,
             "targets": TARGETS,
         },
-        PACKAGES,
-        args.out,
+        out=args.out,
     )
 
 
