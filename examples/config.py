@@ -171,6 +171,12 @@ class Run:
     """Stop after this step, with a checkpoint to resume from; the schedule stays."""
     log_every: int = 10
     """Steps between two looks at the loss."""
+    diagnostics: bool = False
+    """Put more into the metrics then, and at refreshes: the speed, and how well the subspace fits
+    the gradient (galore_jax.metrics). Such steps are a program of their own, compiled once more;
+    the others take what they took."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into the folder tensorboard of the run."""
     eval_every: int
     """Steps between two validations."""
     eval_batches: int = 16
@@ -202,7 +208,16 @@ class Config(Model, Data, Schedule, GaLore, Memory, Devices, Numbers, Run):
 # where its memory goes, and what becomes of a step that cannot be taken.
 MAY_CHANGE = {
     *("tier", "remat", "loss_chunk", "mesh", "coordinator", "processes", "process_id"),
-    *("resume", "stop_at", "log_every", "eval_every", "eval_batches", "last_eval_batches"),
+    *(
+        "resume",
+        "stop_at",
+        "log_every",
+        "diagnostics",
+        "tensorboard",
+        "eval_every",
+        "eval_batches",
+        "last_eval_batches",
+    ),
     *("save_every", "keep", "skip_nonfinite", "prompt", "sample_tokens", "cache_dir", "run_dir"),
 }
 
@@ -304,7 +319,11 @@ def read(folder: pathlib.Path, given_as: str = "--resume", of: Any = Config) -> 
             " copy, or start a new run."
         ) from None
     found = saved.pop("format", None)
-    if found != FORMAT or set(saved) != {f.name for f in dataclasses.fields(of)}:
+    missing = (dataclasses.MISSING,) * 2
+    fields = dataclasses.fields(of)
+    needed = {f.name for f in fields if (f.default, f.default_factory) == missing}
+    # Settings that came later stand at their defaults.
+    if found != FORMAT or not needed <= set(saved) <= {f.name for f in fields}:
         raise UserError(
             f"{given_as}: {str(path)!r} is of another version of this program (format {found}, here"
             f" {FORMAT}). Continue it with that version, or start a new run."

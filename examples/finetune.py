@@ -26,6 +26,7 @@ import optax
 
 from examples import (
     checkpoints,
+    events,
     finetune_config,
     finetune_table,
     interrupts,
@@ -151,13 +152,15 @@ def train_once(
             padding.Batches(made.train, config.batch_size, steps, seed, made.longest, made.collate)
         )
     )
-    with checkpoints.opened(folder, 1, data) as saver:
+    with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(checkpoints.opened(folder, 1, data))
         start = checkpoints.choose(folder)
         if start is None:
             state = meshes.new_state(dict, tx, None, weights)
         else:
             state = saver.restore(start, meshes.abstract_state(None, shapes, tx))
         runs.truncate_metrics(folder, start or 0)
+        tell = stack.enter_context(events.opened(folder, config.tensorboard))
         best = Best(folder, made.metric, lambda path, p: made.save(path, lora.assemble(p)))
 
         def evaluate(params: dict, last: bool) -> dict[str, float]:
@@ -179,10 +182,16 @@ def train_once(
             skip_nonfinite=0,
             title=f"{pathlib.Path(config.init_from).name}, {config.method}, seed {seed}",
             loss=made.loss_is,
+            speed=config.diagnostics,
         )
-        state, done = loop.take_steps(
-            plan, state, lambda _, s: train_step(s, next(data)), evaluate, saver, stop
-        )
+
+        def one_step(done: int, state: training.State) -> tuple[training.State, dict]:
+            look = config.diagnostics and training.looks(
+                done, config.log_every, config.update_proj_gap
+            )
+            return train_step(state, next(data), look=look)
+
+        state, done = loop.take_steps(plan, state, one_step, evaluate, saver, stop, tell)
         saver.wait()
     if done < steps and not best.is_old(config.patience):
         return None

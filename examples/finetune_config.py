@@ -146,6 +146,10 @@ class Run:
     """Stop each training after this step, with a checkpoint to resume from."""
     log_every: int = 10
     """Steps between two looks at the loss."""
+    diagnostics: bool = False
+    """Put more into the metrics then, and at refreshes: see examples.pretrain."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into the folder tensorboard of each seed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

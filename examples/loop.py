@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     skip_nonfinite: int
     title: str  # Of the picture of the loss.
     loss: str  # What the loss is, for its axis.
+    speed: bool = False  # Whether the metrics have it too, which no other run repeats.
 
 
 def take_steps(
@@ -34,6 +35,7 @@ def take_steps(
     evaluate: Callable[[dict, bool], dict[str, float]],
     saver: checkpoints.Checkpoints,
     stop_asked: Callable[[], bool],
+    tell: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> tuple[training.State, int]:
     """Takes the steps that are left, or those until somebody asks to stop.
 
@@ -46,13 +48,14 @@ def take_steps(
       evaluate: from parameters, and whether they are the last, to the figures of a validation.
       saver: of the run's checkpoints.
       stop_asked: whether to stop after the step.
+      tell: whom else to tell what is new in the metrics.
 
     Returns:
       The state and the number of steps done; there is a checkpoint of them.
     """
     folder, (what, each) = saver.folder, plan.amount
     done, asked = int(state["step"]), stop_asked()
-    stop, first = max(done, plan.stop), True
+    stop, programs = max(done, plan.stop), set[frozenset[str]]()
     pending, timed, since = [], 0, time.perf_counter()
     with tqdm.tqdm(
         total=plan.steps,
@@ -65,10 +68,11 @@ def take_steps(
         while done < stop and not asked:
             state, metrics = one_step(done, state)
             done, timed = done + 1, timed + 1
-            if first:
+            if (program := frozenset(metrics)) not in programs:
                 # What it takes to compile is no part of the speed.
                 jax.block_until_ready(metrics)
-                first, timed, since = False, 0, time.perf_counter()
+                programs.add(program)
+                timed, since = 0, time.perf_counter()
                 bar.set_postfix_str("")
             asked = stop_asked()
             # The metrics stay on the device until they are needed: reading them waits for the step.
@@ -77,13 +81,20 @@ def take_steps(
             save_due = done % plan.save_every == 0 or done == stop or asked
             if not (last or eval_due or save_due or done % plan.log_every == 0):
                 continue
-            rows = [{k: np.asarray(v).item() for k, v in row.items()} for row in pending]
+            found = zip(pending, jax.device_get(pending), strict=True)
+            rows = [
+                training.logged({name: np.asarray(values[name]).item() for name in row})
+                for row, values in found
+            ]
             speed = timed * each / (time.perf_counter() - since)
             check_finite(plan, rows)
+            if timed and plan.speed:
+                rows[-1][f"{what}_per_second"] = round(speed, 1)
             if last or eval_due:
                 rows[-1] |= evaluate(state["params"], last)
                 asked = asked or stop_asked()  # As by what was seen there.
             runs.append_metrics(folder, rows)
+            tell(rows)
             saver.seal_finished()
             if save_due or asked:
                 saver.save(done, state)

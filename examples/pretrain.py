@@ -22,6 +22,7 @@ import galore_jax
 from examples import (
     checkpoints,
     command_line,
+    events,
     hf,
     interrupts,
     llama,
@@ -189,6 +190,7 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
         else:
             state = saver.restore(start, wanted)
         runs.truncate_metrics(folder, start or 0)
+        tell = stack.enter_context(events.opened(folder, config.tensorboard))
         print(f"run folder: {folder}; {start or 0} of {config.steps} steps are done")
         train_step = training.make_train_step(
             model_of,
@@ -206,7 +208,10 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
         def one_step(done: int, state: training.State) -> tuple[training.State, dict]:
             if before_step is not None:
                 state = before_step(done, state)
-            return train_step(state, meshes.place(mesh, next(batches)))
+            look = config.diagnostics and training.looks(
+                done, config.log_every, config.update_proj_gap
+            )
+            return train_step(state, meshes.place(mesh, next(batches)), look=look)
 
         eval_step = training.make_eval_step(model_of)
 
@@ -231,14 +236,16 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
             config.skip_nonfinite,
             title=f"{config_lib.model_name(config)}, {config.optimizer}",
             loss="loss (nats per token)",
+            speed=config.diagnostics,
         )
-        state, done = loop.take_steps(plan, state, one_step, evaluate, saver, stop_asked)
+        state, done = loop.take_steps(plan, state, one_step, evaluate, saver, stop_asked, tell)
         saver.wait()
         if done < config.steps:
             print(f"stopped after step {done} of {config.steps}; continue with --resume {folder}")
         if done < stop:  # Somebody waits for the end.
             return {}
-        figures = processes.from_first(lambda: runs.read_metrics(folder)[-1])
+        last = processes.from_first(lambda: runs.read_metrics(folder)[-1])
+        figures = {name: value for name, value in last.items() if "/" not in name}  # Not by leaf.
         figures |= {"seconds": round(time.perf_counter() - began, 1)}
         runs.save_summary(folder, figures)
         print(", ".join(f"{key} {value:.6g}" for key, value in figures.items()))

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows.
     fcntl = None
 
-LOCK, SUMMARY = "lock", "summary.json"
+LOCK, SUMMARY, METRICS = "lock", "summary.json", "metrics.jsonl"
 
 
 class Config(Protocol):
@@ -136,7 +136,7 @@ def _check_tokenizer(folder: pathlib.Path, tokenizer: str) -> None:
 @processes.first_only
 def append_metrics(folder: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Adds one line of JSON a row, which then is on the disk before any checkpoint after it."""
-    with _saving(folder, "metrics.jsonl"), (folder / "metrics.jsonl").open("a") as file:
+    with _saving(folder, METRICS), (folder / METRICS).open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
@@ -151,7 +151,7 @@ def _saving(folder: pathlib.Path, name: str) -> contextlib.AbstractContextManage
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The rows so far, without half a line that a killed run may have left at the end."""
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     if not path.exists():
         return []
     rows = []
@@ -167,7 +167,7 @@ def truncate_metrics(folder: pathlib.Path, step: int) -> None:
 
     In place, where nothing is lost if the process dies and a full disk has no say.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     if not path.exists():
         return
     end = position = 0
@@ -176,7 +176,7 @@ def truncate_metrics(folder: pathlib.Path, step: int) -> None:
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step and line.endswith(b"\n"):
                 end = position
-    with _saving(folder, "metrics.jsonl"):
+    with _saving(folder, METRICS):
         os.truncate(path, end)
 
 

@@ -52,7 +52,7 @@ def make_train_step(
     grad_norm: Literal["exact", "subspace"] = "exact",
     shardings: State | None = None,
     loss_of: Loss = next_token_loss,
-) -> Callable[[State, Any], tuple[State, dict]]:
+) -> Callable[..., tuple[State, dict]]:
     """One optimizer step as one compiled function, its state updated in place.
 
     The state is the same in all tiers, and so is what they compute.
@@ -78,7 +78,9 @@ def make_train_step(
     Returns:
       `train_step(state, batch)`, where the first axis of all arrays of a batch is its rows: the new
       state and the metrics of the step, of which layerwise has a `grad_norm` with `skip_nonfinite`
-      alone. `state` is donated: use the returned one.
+      alone. With `look=True`, which is another program, there are those of `galore_jax.metrics`
+      among them, of which layerwise has what the states tell. `state` is donated: use the returned
+      one.
     """
 
     def loss_fn(params: dict, batch: Any) -> jax.Array:
@@ -102,7 +104,7 @@ def make_train_step(
     def key_of(state: State) -> jax.Array | None:
         return None if rounding_key is None else jax.random.fold_in(rounding_key, state["step"])
 
-    def whole_step(state: State, batch: Any) -> tuple[jax.Array, Any, Any, dict]:
+    def whole_step(state: State, batch: Any, look: bool) -> tuple[jax.Array, Any, Any, dict]:
         params, opt_state = state["params"], state["opt_state"]
         gradient = full_gradient
         if tier == "subspace":
@@ -112,26 +114,41 @@ def make_train_step(
         loss, grads = gradient(params, opt_state, batch)
         norm = optax.tree.norm(grads)
 
-        def update(params: dict, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return galore_jax.apply_updates(params, updates, key_of(state)), opt_state
+        def update(params: dict, opt_state: Any, grads: Any) -> tuple[Any, Any, dict]:
+            updates, new = tx.update(grads, opt_state, params)
+            seen = {"params": params, "updates": updates, "before": opt_state}
+            figures = galore_jax.metrics(new, grads, tx, **seen) if look else {}
+            return galore_jax.apply_updates(params, updates, key_of(state)), new, figures
+
+        def leave(params: dict, opt_state: Any, grads: Any) -> tuple[Any, Any, dict]:
+            *_, figures = jax.eval_shape(update, params, opt_state, grads)
+            return params, opt_state, dict.fromkeys(figures, jnp.full([], jnp.nan))
 
         before = params, opt_state
         if not skip_nonfinite:
-            params, opt_state = update(*before, grads)
+            params, opt_state, figures = update(*before, grads)
         elif tier == "full":
             # The last of a row of elementwise operations, which all are one and in place.
             finite = is_finite(loss, norm)
-            after = update(*before, grads)
-            params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+            *after, figures = update(*before, grads)
+            params, opt_state = jax.tree.map(
+                lambda a, b: jnp.where(finite, a, b), tuple(after), before
+            )
         else:
             # Weights change layer by layer: a choice behind that would keep them twice.
-            params, opt_state = jax.lax.cond(
-                is_finite(loss, norm), update, lambda *old: old[:2], *before, grads
+            params, opt_state, figures = jax.lax.cond(
+                is_finite(loss, norm), update, leave, *before, grads
             )
-        return loss, params, opt_state, {"grad_norm": norm}
+        return loss, params, opt_state, {"grad_norm": norm} | figures
 
-    def layerwise_step(state: State, batch: Any) -> tuple[jax.Array, Any, Any, dict]:
+    def layerwise_step(state: State, batch: Any, look: bool) -> tuple[jax.Array, Any, Any, dict]:
+        loss, params, opt_state, measured = layer_by_layer(state, batch)
+        if look:
+            before = state["opt_state"]
+            measured |= galore_jax.metrics(opt_state, None, tx, params=params, before=before)
+        return loss, params, opt_state, measured
+
+    def layer_by_layer(state: State, batch: Any) -> tuple[jax.Array, Any, Any, dict]:
         before, key = (state["params"], state["opt_state"]), key_of(state)
         if not skip_nonfinite:
             step = galore_jax.value_and_update(loss_fn, tx, clip_norm=clip)
@@ -146,9 +163,9 @@ def make_train_step(
         after = jax.lax.cond(is_finite(loss, norm), update, lambda *old: old, *before)
         return loss, *after, {"grad_norm": norm}
 
-    def train_step(state: State, batch: Any) -> tuple[State, dict]:
+    def train_step(state: State, batch: Any, *, look: bool = False) -> tuple[State, dict]:
         one_step = layerwise_step if tier == "layerwise" else whole_step
-        loss, params, opt_state, measured = one_step(state, batch)
+        loss, params, opt_state, measured = one_step(state, batch, look)
         # The optimizer has not counted the steps that were skipped.
         rate = schedule(state["step"] - state["skipped"])
         metrics = {"loss": loss, "learning_rate": rate} | measured
@@ -164,7 +181,24 @@ def make_train_step(
         return new | counts, metrics
 
     out = None if shardings is None else (shardings, None)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out)
+    return jax.jit(train_step, donate_argnums=0, static_argnames="look", out_shardings=out)
+
+
+def looks(done: int, log_every: int, update_proj_gap: int) -> bool:
+    """Whether a step behind so many is one to look at: one that is logged, or that refreshes."""
+    return (done + 1) % log_every == 0 or done % update_proj_gap == 0
+
+
+def logged(row: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a step that say something: an overlap does not where nothing was refreshed."""
+
+    def says(name: str) -> bool:
+        what, _, leaf = name.partition("/")
+        if what == "refreshed":
+            return False
+        return what != "subspace_overlap" or row[f"refreshed/{leaf}" if leaf else "refreshed"] > 0
+
+    return {name: value for name, value in row.items() if says(name)}
 
 
 def is_finite(loss: jax.Array, norm: jax.Array) -> jax.Array:

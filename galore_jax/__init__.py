@@ -2,6 +2,7 @@
 
 from galore_jax import chaining, multi_steps
 from galore_jax.chaining import chain
+from galore_jax.diagnostics import metrics
 from galore_jax.int8 import Int8Weight, dequantize_weights
 from galore_jax.layers.model import layerwise
 from galore_jax.layers.update import value_and_update
@@ -89,4 +90,5 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "last_two_axes",
     "state_sharding",
     "summary",
+    "metrics",
 ]
