@@ -98,6 +98,7 @@ def write(name, result, packages=(), out=RESULTS):
     result = {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[2], 1),  # above the cores: other work had them too
         "python": platform.python_version(),
         "versions": versions | {"galore_jax": galore_jax.__version__},
         **result,
