@@ -19,10 +19,9 @@ rates are those of the first JSON.
 
 Runs lie in a folder of their own and are not taken twice; one that was cut off goes on from its
 last checkpoint. So call it again after an interruption, or with `--methods` for some rows: rows
-of the same budget that the JSON already has are kept.
+of the same budget that the JSON already has are kept. `benchmarks.pictures` draws them anew.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import gzip
@@ -41,9 +40,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import matplotlib.figure
 
-from benchmarks import low_rank, report
+from benchmarks import low_rank, pictures, report
 from examples import command_line, pretrain, training
 from examples import config as config_lib
 
@@ -54,7 +52,6 @@ class Method:
 
     flags: tuple[str, ...]
     rate: float
-    color: str = "tab:gray"
     rate_of: str | None = None  # the method whose rate it takes, being a variant of it
 
 
@@ -64,40 +61,40 @@ _MUON, _MUON_INT8 = (
 
 
 def _variant(*flags: str) -> Method:
-    return Method(("--optimizer", "galore_adamw", *flags), 8e-3, "tab:green", "GaLore")
+    return Method(("--optimizer", "galore_adamw", *flags), 8e-3, "GaLore")
 
 
 def _muon_variant(*flags: str, of: tuple[str, ...] = _MUON) -> Method:
-    return Method((*of, *flags), 0.02, "tab:orange", "galore_muon")
+    return Method((*of, *flags), 0.02, "galore_muon")
 
 
 METHODS = {
-    "AdamW": Method(("--optimizer", "adamw"), 1e-3, "black"),
-    "Muon": Method(("--optimizer", "muon"), 0.02, "tab:red"),
-    "GaLore": Method(("--optimizer", "galore_adamw"), 8e-3, "tab:green"),
+    "AdamW": Method(("--optimizer", "adamw"), 1e-3),
+    "Muon": Method(("--optimizer", "muon"), 0.02),
+    "GaLore": Method(("--optimizer", "galore_adamw"), 8e-3),
     "GaLore, T = 200": _variant("--update-proj-gap", "200"),
     "GaLore, rotated moments": _variant("--moments", "rotate"),
     "GaLore, lazy refresh": _variant("--refresh", "lazy"),
     "GoLore": _variant("--random-from", "80%", "--moments", "rotate"),
-    "optax.contrib.galore": Method(("--optimizer", "optax_galore"), 8e-3, "tab:olive"),
-    "FRUGAL": Method(("--optimizer", "frugal", "--moments", "reset"), 16e-3, "tab:cyan"),
-    "Fira": Method(("--optimizer", "fira"), 8e-3, "tab:blue"),
-    "APOLLO": Method(("--optimizer", "apollo"), 8e-3, "tab:purple"),
-    "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 8e-3, "tab:pink"),
-    "LDAdam": Method(("--optimizer", "ldadam"), 4e-3, "tab:brown"),
-    "SCALE": Method(("--optimizer", "scale_sgd"), 2e-3, "tab:gray"),
-    "FOAM-2": Method(("--optimizer", "foam"), 1e-3, "tab:pink"),
-    "RACS": Method(("--optimizer", "racs"), 0.02, "tab:olive"),
-    "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "tab:red", "Muon"),
-    "galore_muon": Method(_MUON, 0.02, "tab:orange"),
+    "optax.contrib.galore": Method(("--optimizer", "optax_galore"), 8e-3),
+    "FRUGAL": Method(("--optimizer", "frugal", "--moments", "reset"), 16e-3),
+    "Fira": Method(("--optimizer", "fira"), 8e-3),
+    "APOLLO": Method(("--optimizer", "apollo"), 8e-3),
+    "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 8e-3),
+    "LDAdam": Method(("--optimizer", "ldadam"), 4e-3),
+    "SCALE": Method(("--optimizer", "scale_sgd"), 2e-3),
+    "FOAM-2": Method(("--optimizer", "foam"), 1e-3),
+    "RACS": Method(("--optimizer", "racs"), 0.02),
+    "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "Muon"),
+    "galore_muon": Method(_MUON, 0.02),
     "galore_muon, int8": _muon_variant(of=_MUON_INT8),
     "galore_muon, int8, rank 8": _muon_variant("--rank", "8", of=_MUON_INT8),
     "galore_muon, random directions": _muon_variant("--method", "random"),
     "galore_muon, GaLore's subspace": _muon_variant("--method", "randomized"),
-    "LoRA": Method(("--weights", "lora"), 2e-3, "silver"),
-    "ReLoRA": Method(("--weights", "relora"), 2e-3, "silver"),
-    "low rank": Method(("--weights", "low_rank"), 2e-3, "silver"),
-    "low rank, refactored": Method(("--weights", "refactored"), 2e-3, "silver"),
+    "LoRA": Method(("--weights", "lora"), 2e-3),
+    "ReLoRA": Method(("--weights", "relora"), 2e-3),
+    "low rank": Method(("--weights", "low_rank"), 2e-3),
+    "low rank, refactored": Method(("--weights", "refactored"), 2e-3),
 }
 NOT_MEASURED = "not measured"  # in the place of the rows, where there was no GPU
 # Of other authors, or as they are: what the family is measured against.
@@ -392,60 +389,6 @@ def verdicts(table: dict) -> dict:
     }
 
 
-def draw(table: dict, out: pathlib.Path, name: str) -> None:
-    """Loss curves, and perplexity against memory."""
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="step", ylabel="validation loss (nats per token; the last one on more batches)"
-    )
-    used: collections.Counter[str] = collections.Counter()
-    for method, row in sorted(table.items(), key=lambda item: item[1]["loss"]):
-        curves = [dict(map(tuple, c)) for c in row["validation"]]
-        steps = sorted(set.intersection(*map(set, curves)))
-        mean = [statistics.mean(c[s] for c in curves) for s in steps]
-        color = METHODS[method].color
-        style = ("-", "--", "-.", ":", (0, (1, 3)), (0, (5, 3)))[used[color]]
-        used[color] += 1
-        axes.plot(steps, mean, color=color, linestyle=style, label=method, linewidth=1.4)
-    axes.legend(fontsize=7, ncols=2)
-    axes.grid(alpha=0.3)
-    figure.savefig(out / f"{name}_curves.png", dpi=120)
-
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="weights and optimizer state (MB)", ylabel="validation perplexity", axisbelow=True
-    )
-    labels, line = [], {"arrowstyle": "-", "linewidth": 0.4, "color": "gray"}
-    for method, row in sorted(table.items(), key=lambda item: item[1]["perplexity"]):
-        x = (row["weights"] + row["state"]) / 1e6
-        low = math.exp(min(row["losses"]))
-        high = math.exp(max(row["losses"]))
-        y = row["perplexity"]
-        axes.errorbar(
-            x, y, [[y - low], [high - y]], fmt="o", color=METHODS[method].color, capsize=2
-        )
-        place = {"xytext": (8, 0), "textcoords": "offset points", "fontsize": 7, "va": "center"}
-        labels.append(axes.annotate(method, (x, y), arrowprops=line, **place))
-    axes.margins(x=0.15)
-    figure.draw_without_rendering()  # sizes are known
-    _move_apart(labels)
-    axes.grid(alpha=0.3)
-    figure.savefig(out / f"{name}_memory.png", dpi=120)
-
-
-def _move_apart(labels: list[Any]) -> None:
-    """Labels, lowest first, moved up from those below them."""
-    placed: list[Any] = []
-    for label in labels:
-        box = label.get_window_extent()
-        while below := [other for other in placed if other.overlaps(box)]:
-            rise = max(other.y1 for other in below) + 1 - box.y0
-            box = box.translated(0, rise)
-            x, y = label.get_position()
-            label.set_position((x, y + rise * 72 / label.figure.dpi))
-        placed.append(box)
-
-
 def show(table: dict) -> None:
     """Print the rows, the best first."""
     judged = verdicts(table)
@@ -543,7 +486,7 @@ def main(argv: list[str] | None = None) -> None:
         for method, speed in measure_speed(runs, budget, args.speed_rounds, 10).items():
             table[method]["speed"] = speed
     show(table)
-    draw(table, args.out, name)
+    pictures.draw(table, args.out, name)
     result = {"command": args.command, "budget": dataclasses.asdict(budget)}
     result |= {"methods": table, "verdicts": verdicts(table)}
     report.write(name, result, out=args.out)

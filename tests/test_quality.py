@@ -1,13 +1,11 @@
 """The quality benchmark's own logic: picking rates, going on, judging; and one quick run."""
 
 import gzip
-import itertools
 import json
 import math
 import os
 import types
 
-import matplotlib.figure
 import pytest
 
 from benchmarks import quality
@@ -160,21 +158,7 @@ def test_a_training_that_diverges_is_a_row_without_end(tmp_path, monkeypatch, lo
     assert quality.train(run, budget, tmp_path, None) == math.inf
     table = quality.collect(budget, tmp_path, {"AdamW": {0.01: 3.0}})
     assert table["AdamW"]["loss"] == math.inf
-    quality.draw(table | {"Muon": table["AdamW"]}, tmp_path, "quality")
     quality.show(table)
-
-
-def test_labels_of_rows_alike_do_not_touch():
-    figure = matplotlib.figure.Figure(dpi=120)
-    axes = figure.add_subplot()
-    labels = [axes.annotate(f"row {y}", (1, y), va="center") for y in (0.5, 0.5, 0.51, 0.9)]
-    figure.draw_without_rendering()
-    free = labels[-1].get_window_extent().bounds
-    quality._move_apart(labels)
-    boxes = [label.get_window_extent() for label in labels]
-    for a, b in itertools.combinations(boxes, 2):
-        assert not a.overlaps(b)
-    assert boxes[-1].bounds == free
 
 
 def test_manual_pages_are_a_text(tmp_path, monkeypatch):
