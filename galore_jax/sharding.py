@@ -53,7 +53,7 @@ def state_sharding(
     inputs is cut as they are, low-rank gradients and moments as its outputs, stacked axes as they
     are in the weight; of other leaves all state lies as the parameter. The rank is never cut, nor
     is a block of quantised numbers. Scalars are replicated. Hand the result to a jitted init, to
-    the `out_shardings` of a step and to orbax:
+    the `out_shardings` of a step and to orbax::
 
         where = galore_jax.state_sharding(tx, params, shardings)
         opt_state = jax.jit(tx.init, out_shardings=where)(params)
@@ -64,19 +64,19 @@ def state_sharding(
     Args:
         tx: any optimizer, with or without a `galore` in it.
         params: the parameters, or their shapes.
-        shardings: a tree like them, or a prefix of one, of `NamedSharding`s; or of
-            `PartitionSpec`s for the mesh of `jax.set_mesh`.
+        shardings: a tree like them, or a prefix of one, of `NamedSharding`; or of
+            `PartitionSpec` for the mesh of `jax.set_mesh`.
         spread: whether to cut leaves of 2,048 numbers and more over the mesh axes that are left
             over too, along stacked axes where they divide, else along the longest: a device then
             holds its share of the state on a mesh for data parallelism alone as well.
 
     Returns:
-        A tree like `jax.eval_shape(tx.init, params)` of `NamedSharding`s, or of `PartitionSpec`s
+        A tree like `jax.eval_shape(tx.init, params)` of `NamedSharding`, or of `PartitionSpec`
         where those are given.
 
     Raises:
         TypeError: for shardings of another kind.
-        ValueError: for `PartitionSpec`s without a mesh, or of more axes than the leaf has.
+        ValueError: for `PartitionSpec` without a mesh, or of more axes than the leaf has.
 
     Example:
         >>> import jax, jax.numpy as jnp, galore_jax
@@ -113,7 +113,7 @@ def axes_of_state(
 
     Args:
         tx: the optimizer.
-        params: the parameters' shapes, a tree of `jax.ShapeDtypeStruct`s.
+        params: the parameters' shapes, a tree of `jax.ShapeDtypeStruct`.
         names: by parameter and axis the names of its axes.
         place: what to make of the axes of an array of the state.
 

@@ -39,7 +39,7 @@ def value_and_update(
     The loss runs its blocks through `galore_jax.layerwise`. A forward pass keeps the input of
     each block; a reverse loop then takes one layer at a time: recompute its activations,
     differentiate, update its slice of the weights and of the optimizer state where they lie.
-    Embeddings, heads and norms are updated before and after. The result is that of
+    Embeddings, heads and norms are updated before and after. The result is that of::
 
         loss, grads = jax.value_and_grad(loss_fn)(params, *args)
         updates, opt_state = tx.update(grads, opt_state, params)

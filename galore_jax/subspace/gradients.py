@@ -43,7 +43,7 @@ def value_and_grad(
     projects each layer's gradient as soon as it has it, so the full gradient of a stack of
     layers never exists, and on a step that refreshes computes the new projector there too.
     With `galore_jax.dot_general` in the layers the gradient of a single layer is not formed
-    either. `tx.update` takes the result as it is, and the rest of a training loop stays:
+    either. `tx.update` takes the result as it is, and the rest of a training loop stays::
 
         loss, grads = galore_jax.value_and_grad(loss_fn, tx)(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params)

@@ -4,6 +4,8 @@ Two workers share two cores, so BLAS must not start threads of its own: OpenBLAS
 for a busy core spin, and a decomposition takes ten times as long. Most of the tests' time is
 compilation. They ask for code that is quick to compile rather than quick to run, and keep it in one
 folder for the session.
+
+README and guides are tests too: each of their Python and shell blocks runs, see tests/documents.py.
 """
 
 import os
@@ -13,6 +15,8 @@ import sys
 import tempfile
 
 import pytest
+from sybil import Sybil
+from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -63,3 +67,33 @@ def folder(tmp_path, monkeypatch) -> pathlib.Path:
     monkeypatch.chdir(tmp_path)
     write_texts()
     return tmp_path
+
+
+# --- README and guides ---
+
+
+def _bash(example):
+    from tests import documents  # It imports JAX, which the settings above precede.
+
+    documents.bash(example)
+
+
+def _setup(namespace):
+    from tests import documents
+
+    documents.setup(namespace)
+
+
+def _teardown(namespace):
+    from tests import documents
+
+    documents.teardown(namespace)
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", _bash), SkipParser()],
+    path=str(pathlib.Path(__file__).parent),
+    patterns=["README.md", "docs/*.md", "docs/guides/*.md"],
+    setup=_setup,
+    teardown=_teardown,
+).pytest()
