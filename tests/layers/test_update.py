@@ -3,10 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 import galore_jax
-from examples import llama
 from tests.models import LAYERS, OPTIONS, WIDTH, batches, plain
 from tests.problems import normal, once_but, run_with_devices
 from tests.subspace.test_gradients import LOOSE, TRAININGS, full, relative, train, trained_in_full
@@ -23,7 +21,11 @@ def train_layerwise(loss_fn, tx, params, data, state=None, **options):
     return params, state, losses
 
 
-@pytest.mark.parametrize("kind", once_but(["svd", "int8 projectors"], TRAININGS))
+# Codes as the state keeps them in two widths; what stays an array is one thing to a scan.
+KINDS = [kind for kind in TRAININGS if kind != "bfloat16 projectors"]
+
+
+@pytest.mark.parametrize("kind", once_but(["svd", "int8 projectors"], KINDS))
 def test_training_is_that_of_full_gradients(kind):
     params, loss_fn = plain()
     inner, _, (want, (_, want_state), want_losses) = trained_in_full("plain", kind)
@@ -40,10 +42,7 @@ INNERS = {
     "adamw": optax.adamw(1e-2, weight_decay=0.1),
     "masked": optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
     "lion": galore_jax.galore_lion(1e-3, method="svd", **OPTIONS),
-    "sgd": galore_jax.galore_sgd(0.1, momentum=0.9, method="svd", **OPTIONS),
     "adafactor": galore_jax.galore_adafactor(1e-2, method="svd", **OPTIONS),
-    "8 bits": galore_jax.galore_adamw8bit(1e-2, method="svd", **OPTIONS),
-    "8 bits in full rank": galore_jax.adamw8bit(1e-2),
     "accumulation inside": galore_jax.galore(
         optax.MultiSteps(optax.adamw(1e-2), 2).gradient_transformation(), **OPTIONS
     ),
@@ -57,15 +56,14 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("name", once_but(["adamw", "8 bits", "partition"], INNERS))
+@pytest.mark.parametrize("name", once_but(["adamw", "partition"], INNERS))
 def test_any_optimizer_that_treats_leaves_separately(name):
     params, loss_fn = plain()
     tx, data = INNERS[name], batches(6)
     want, *_ = train(full(loss_fn), tx, params, data)
     got, *_ = train_layerwise(loss_fn, tx, params, data)
-    # Codes at a border; and Adafactor takes the norms' layers for one leaf, or one by one.
-    loose = "8 bits" in name or name == "adafactor"
-    assert relative(want, got, params) < (2e-2 if loose else 1e-3)
+    # Adafactor takes the norms' layers for one leaf, or one by one.
+    assert relative(want, got, params) < (2e-2 if name == "adafactor" else 1e-3)
 
 
 def test_links_that_follow_the_loss_get_it():
@@ -119,27 +117,6 @@ def test_codes_of_large_stacks_are_cut_into_layers():
     np.testing.assert_allclose(
         state[0].mu_scale["large"], want_state[0].mu_scale["large"], rtol=1e-2, atol=1e-7
     )
-
-
-@pytest.mark.slow
-def test_the_example_llama_trains_alike_in_all_tiers():
-    config = llama.LlamaConfig(64, 32, 48, heads=2, layers=3, remat=True)
-    graph, params = llama.create(config, 0)
-
-    def loss_fn(params, tokens):
-        logits = nnx.merge(graph, params)(tokens[:, :-1])
-        return jnp.mean(llama.token_losses(logits, tokens[:, 1:]))
-
-    # Zipf's law, as in text: a spectrum that falls.
-    chances = jnp.log(1 / jnp.arange(1.0, 65.0))
-    data = jax.random.categorical(jax.random.key(0), chances, shape=(12, 4, 17))
-    options = OPTIONS | {"rank": 8, "update_proj_gap": 6}
-    tx = galore_jax.galore_adamw(1e-3, method="svd", weight_decay=0.1, **options)
-    want, *_ = train(full(loss_fn), tx, params, data)
-    subspace, *_ = train(galore_jax.value_and_grad(loss_fn, tx), tx, params, data)
-    layerwise, *_ = train_layerwise(loss_fn, tx, params, data)
-    assert relative(want, subspace, params) < 5e-3
-    assert relative(want, layerwise, params) < 5e-3
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -369,7 +346,7 @@ def test_wrong_arguments():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [576, 896, 960, 1000])
+@pytest.mark.parametrize("width", [576, 1000])
 def test_eight_bits_at_widths_of_real_models_in_all_tiers(width):
     """More than 4,096 numbers of stacked norms, blocks that are no multiples of 256."""
     layers, x = 9, jnp.asarray(normal(0, 3, width))
