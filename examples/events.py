@@ -31,7 +31,7 @@ def opened(folder: pathlib.Path, wanted: bool) -> Iterator[Callable[[Rows], None
         yield lambda rows: None
         return
     try:
-        from tensorboardX.event_file_writer import EventsWriter  # Only here: it is an extra's.
+        from tensorboardX.event_file_writer import EventsWriter  # type: ignore
     except ImportError as error:
         raise UserError(
             "--tensorboard: tensorboardX is not installed. pip install tensorboardX, or leave the"
@@ -64,8 +64,8 @@ def opened(folder: pathlib.Path, wanted: bool) -> Iterator[Callable[[Rows], None
 
 def _event(row: dict[str, Any]) -> Any:
     """All figures of a step."""
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
+    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
     figures = ((name, x) for name, x in row.items() if name != "step" and not isinstance(x, str))
     values = [Summary.Value(tag=name, simple_value=float(x)) for name, x in figures]

@@ -175,8 +175,9 @@ def draw(trainings: Sequence[Training], keys: Sequence[str] = ()) -> matplotlib.
     )
     handles = []
     for i, name in enumerate(labels):
-        look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % 3]}
-        handles.append(matplotlib.lines.Line2D([], [], label=name, **look))
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+        line = matplotlib.lines.Line2D([], [], label=name, color=colour, linestyle=style)
+        handles.append(line)
     for axes, (label, group) in zip(grid[:, 0], wanted, strict=True):
         late = []  # Of the loss, whose beginning would leave the rest no room.
         for x, handle in zip(trainings, handles, strict=True):
