@@ -130,7 +130,16 @@ def tell_grey(axes, table: dict[str, Any], best: dict[str, str]) -> None:
     """Say in the free corner what has no colour."""
     if table.keys() - best.keys():
         note = "in grey: what is not the best of its kind"
-        axes.text(0.99, 0.98, note, transform=axes.transAxes, ha="right", va="top", color="#707070")
+        axes.text(
+            0.99,
+            0.98,
+            note,
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color="#707070",
+        )
 
 
 def beside(x: float, y: float) -> dict[str, Any]:

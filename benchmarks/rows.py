@@ -126,6 +126,40 @@ def tiers(found):
         )
 
 
+@of("optimizer_step")
+def optimizer_step(found):
+    titles = {
+        "optax.adamw": "`optax.adamw`",
+        "optax.contrib.muon": "`optax.contrib.muon`",
+        "flashoptim_jax.flash_adamw": "`flashoptim_jax.flash_adamw` (8-bit)",
+        "rollfast.adamw8": "`rollfast.adamw8` (8-bit)",
+        "galore_jax.adamw8bit": "`galore_jax.adamw8bit`",
+        "optax.contrib.galore": "`optax.contrib.galore`",
+        "rollfast galore_adamw": "`rollfast.optim.galore.galore_adamw`",
+        "galore-torch": "`galore_torch.GaLoreAdamW`",
+        "galore_jax": "`galore_jax.galore_adamw`",
+        "galore_jax.galore_adamw8bit": "`galore_jax.galore_adamw8bit`",
+        "galore_jax.galore_muon, int8": f"`galore_jax.galore_muon`, {INT8}",
+    }
+    parts = [found.get(f"{part}_seconds", {}) for part in ("plain", "refresh", "whole")]
+    failed = found.get("failed", {})
+    yield "over AdamW's", "update", "with a refresh", "a whole step", "state, MB"
+    for name, shown in titles.items():
+        if name in failed and name not in parts[0]:
+            yield shown, failed[name], "", "", ""
+            continue
+        plain, refresh, whole = (part.get(name) for part in parts)
+        over = found["plain_seconds"]["optax.adamw"]
+        refreshes = "galore" in name and name != "galore_jax.adamw8bit"
+        yield (
+            shown,
+            number(plain, ".3g", over),
+            number(refresh, ".3g", over) if refreshes else "-",
+            number(whole, ".2f", parts[2].get("optax.adamw", 1)),
+            number(found.get("state_bytes", {}).get(name), ".1f", 1e6),
+        )
+
+
 @of("nvidia_h200")
 def gpu(found):
     titles = {
@@ -201,6 +235,7 @@ QUALITY = {
     "Muon": "`optax.contrib.muon`",
     "galore_muon": "`galore_muon`, T = 200",
     "galore_muon, int8": f"**`galore_muon`, {INT8}**, T = 200 (its default)",
+    "galore_muon, int8, rank 64": f"**`galore_muon`, {INT8}, r = 64**, T = 200",
     "galore_muon, int8, rank 8": f"`galore_muon`, {INT8}, r = 8, T = 200",
     "galore_muon, random directions": '`galore_muon`, `method="random"`, T = 200',
     "galore_muon, GaLore's subspace": '`galore_muon`, `method="randomized"`, T = 200',
