@@ -65,7 +65,7 @@ def _variant(*flags: str) -> Method:
 
 
 def _muon_variant(*flags: str, of: tuple[str, ...] = _MUON) -> Method:
-    return Method((*of, *flags), 0.02, "galore_muon")
+    return Method((*of, *flags), 0.02, "Muon")
 
 
 METHODS = {
@@ -86,8 +86,9 @@ METHODS = {
     "FOAM-2": Method(("--optimizer", "foam"), 1e-3),
     "RACS": Method(("--optimizer", "racs"), 0.02),
     "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "Muon"),
-    "galore_muon": Method(_MUON, 0.02),
+    "galore_muon": _muon_variant(),
     "galore_muon, int8": _muon_variant(of=_MUON_INT8),
+    "galore_muon, int8, rank 64": _muon_variant("--rank", "64", of=_MUON_INT8),
     "galore_muon, int8, rank 8": _muon_variant("--rank", "8", of=_MUON_INT8),
     "galore_muon, random directions": _muon_variant("--method", "random"),
     "galore_muon, GaLore's subspace": _muon_variant("--method", "randomized"),
