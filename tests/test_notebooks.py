@@ -26,6 +26,7 @@ def this_python() -> KernelManager:
 @pytest.mark.slow
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("GALORE_JAX_NOTEBOOK_STEPS", "12")
+    monkeypatch.setenv("GALORE_JAX_NOTEBOOK_MODEL", "stand-in")  # Downloads nothing.
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
@@ -51,3 +52,13 @@ def test_is_stored_without_outputs(path):
         assert not cell["metadata"]
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+def test_installs_as_the_others_do(path):
+    """A notebook stands alone, so each repeats these two cells."""
+
+    def cells(path):
+        found = {cell["id"]: cell["source"] for cell in json.loads(path.read_text())["cells"]}
+        return found["install-why"], found["install"]
+
+    assert cells(path) == cells(NOTEBOOKS[0])
