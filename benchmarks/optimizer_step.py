@@ -267,7 +267,9 @@ def main(argv=None):
     rng = np.random.default_rng(0)
     params = layers(lambda s: jnp.asarray(0.02 * rng.standard_normal(s), jnp.float32), args.layers)
     grads = layers(lambda s: jnp.asarray(decaying(rng, s)), args.layers)
-    rows = {n: lambda make=make: JaxStep(make(), grads, params) for n, make in ROWS.items()}
+    rows: dict[str, Callable[[], Any]] = {
+        name: lambda make=make: JaxStep(make(), grads, params) for name, make in ROWS.items()
+    }
     rows[TORCH] = lambda: TorchStep(grads, params)
     alone, failed = split(made({name: rows[name] for name in args.rows}))
     by_method = {

@@ -111,8 +111,8 @@ def memory(table: dict[str, Any]) -> matplotlib.figure.Figure:
     axes.margins(x=0.12, y=0.08)
     tell_grey(axes, table, best)
     figure.draw_without_rendering()  # sizes are known
-    dots = [Bbox.from_bounds(*axes.transData.transform(p) - 6, 12, 12) for p in points.values()]
-    taken = list(dots)
+    centres = [axes.transData.transform(point) for point in points.values()]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in centres]
     for name in sorted(points, key=lambda n: (n not in best, table[n]["loss"])):
         text = axes.annotate(
             name, points[name], color=best.get(name, "#707070"), fontsize=9 if name in best else 7
