@@ -47,7 +47,6 @@ def suite(name, factory, **kwargs):
 
 # As Optax tests its own: rank 8 on matrices of side 2, where nothing is projected.
 TestAlias = suite("TestAlias", galore_jax.galore_adamw, rank=8)
-TestBareLink = suite("TestBareLink", bare_link, rank=8)
 # And with something projected: rank 1 of 2, refreshed often enough to see both directions.
 TestAliasProjecting = suite(
     "TestAliasProjecting", galore_jax.galore_adamw, rank=1, update_proj_gap=10

@@ -288,7 +288,7 @@ def test_dtypes_of_updates_and_state_are_stable(params_dtype, grads_dtype, proje
     tx = galore_jax.galore_adamw(1e-3, rank=RANK, projector_dtype=projector_dtype)
     state = tx.init(params)
     grads = jax.tree.map(lambda g: g.astype(grads_dtype), grads_like(params, 0))
-    updates, new_state = tx.update(grads, state, params)
+    updates, new_state = jax.eval_shape(tx.update, grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     assert state.projector["w"].dtype == (jnp.bfloat16 if projector_dtype else jnp.float32)

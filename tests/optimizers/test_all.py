@@ -65,7 +65,7 @@ def test_bfloat16_weights_keep_float32_state(name):
     params = params_like({"w": (8, 12), "bias": (12,)}, dtype=jnp.bfloat16)
     tx = MEMBERS[name](**STACK)
     grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads_like(params, 0))
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    updates, state = jax.eval_shape(tx.update, grads, tx.init(params), params)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
     kept = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
     assert kept == {jnp.dtype("float32")}
@@ -145,8 +145,12 @@ def test_nnx_optimizer_equals_the_functional_loop(name):
     assert losses[-1] < losses[0]
 
 
+# One of each pair that differ by how they come to a projector alone.
+APART = [name for name in MEMBERS if name not in ("lazy", "apollo, svd")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", APART)
 def test_layer_by_layer_is_the_same(name):
     params, loss_fn = plain()
     tx, data = MEMBERS[name](**OPTIONS), batches(9)
@@ -156,7 +160,7 @@ def test_layer_by_layer_is_the_same(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", IN_SUBSPACE)
+@pytest.mark.parametrize("name", [name for name in IN_SUBSPACE if name in APART])
 def test_in_the_subspace_is_the_same(name):
     params, loss_fn = MODELS["hooked"]()
     tx, data = MEMBERS[name](**OPTIONS), batches(20)
@@ -166,17 +170,22 @@ def test_in_the_subspace_is_the_same(name):
     jax.tree.map(np.testing.assert_array_equal, state.turns_between, want_state.turns_between)
 
 
+@functools.cache
+def projected_by_another():
+    """Gradients that another optimizer projected."""
+    params, loss_fn = plain()
+    tx = galore_jax.galore_adamw(1e-2, **OPTIONS)
+    return galore_jax.value_and_grad(loss_fn, tx)(params, tx.init(params), batches(1)[0])[1]
+
+
 @pytest.mark.parametrize("name", FULL)
 def test_what_needs_the_full_gradient_says_so(name):
     params, loss_fn = plain()
     tx = MEMBERS[name](**OPTIONS)
     with pytest.raises(ValueError, match=r"needs the full gradient.*'blocks/"):
         galore_jax.value_and_grad(loss_fn, tx)(params, tx.init(params), batches(1)[0])
-    # Gradients that another optimizer projected.
-    other = galore_jax.galore_adamw(1e-2, **OPTIONS)
-    _, grads = galore_jax.value_and_grad(loss_fn, other)(params, other.init(params), batches(1)[0])
     with pytest.raises(ValueError, match="needs the full gradient"):
-        tx.update(grads, tx.init(params), params)
+        tx.update(projected_by_another(), tx.init(params), params)
 
 
 INJECTED = {

@@ -56,8 +56,16 @@ def computations(hlo):
     return {k: "\n".join(v) for k, v in found.items()}
 
 
-@pytest.mark.parametrize("method", ["svd", "eigh", "randomized", "subspace"])
-@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize(
+    ("method", "stagger"),
+    [
+        ("svd", False),
+        ("eigh", True),
+        ("randomized", False),
+        ("randomized", True),
+        ("subspace", True),
+    ],
+)
 def test_decompositions_sit_under_one_conditional(method, stagger):
     params = params_like(SHAPES)
     tx = make(method=method, stagger=stagger)
@@ -247,27 +255,26 @@ def test_a_gap_longer_than_any_run_still_refreshes_all_at_step_0():
     assert due == [7, 0, 0, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
 @pytest.mark.parametrize("method", ["svd", "randomized", "subspace"])
-def test_a_zero_or_non_finite_gradient_costs_a_step_and_no_more(bad, method):
+def test_a_zero_or_non_finite_gradient_costs_a_step_and_no_more(method):
     """At step 0 one layer of a stack has no gradient: a zero-initialised head, an expert unused."""
     params = params_like({"w": (3, 12, 24)})
     tx = galore_jax.galore_sgd(1e-2, rank=2, method=method, update_proj_gap=200,
                                weight_dimension_numbers=galore_jax.last_two_axes)  # fmt: skip
-    update, state = jax.jit(tx.update), tx.init(params)
-
+    update = jax.jit(tx.update)
     g = normal(0, 3, 12, 2) @ normal(1, 3, 2, 24)  # of rank 2
-    first = jnp.asarray(np.where(np.arange(3)[:, None, None] == 1, np.float32(bad), g))
-    updates, state = update({"w": first}, state, params)
-    assert state.refreshed["w"].tolist() == [0, -1, 0]
-    if bad == 0:
-        assert not np.any(updates["w"][1])
-    updates, state = update({"w": jnp.asarray(g)}, state, params)
-    assert state.refreshed["w"].tolist() == [0, 1, 0]
-    p = np.asarray(state.projector["w"][1])
-    np.testing.assert_allclose(p @ p.T @ g[1], g[1], atol=1e-4)
-    _, state = update({"w": jnp.asarray(g)}, state, params)
-    assert state.refreshed["w"].tolist() == [0, 1, 0]
+    for bad in (0.0, np.nan, np.inf):
+        first = jnp.asarray(np.where(np.arange(3)[:, None, None] == 1, np.float32(bad), g))
+        updates, state = update({"w": first}, tx.init(params), params)
+        assert state.refreshed["w"].tolist() == [0, -1, 0]
+        if bad == 0:
+            assert not np.any(updates["w"][1])
+        updates, state = update({"w": jnp.asarray(g)}, state, params)
+        assert state.refreshed["w"].tolist() == [0, 1, 0]
+        p = np.asarray(state.projector["w"][1])
+        np.testing.assert_allclose(p @ p.T @ g[1], g[1], atol=1e-4)
+        _, state = update({"w": jnp.asarray(g)}, state, params)
+        assert state.refreshed["w"].tolist() == [0, 1, 0]
 
 
 def test_nothing_is_decomposed_for_a_zero_gradient(decompositions):
