@@ -21,7 +21,7 @@ DIAGNOSTICS = ["--diagnostics", "--update-proj-gap", "5", "--rank", "4"]
 DIAGNOSTICS += ["--optimizer", "galore_adamw"]
 
 
-def setup(config):
+def projected(config):
     """A table that is projected, refreshed at steps 1, 6 and 11, and logged at 3, 6, 9, 12."""
     schedule = pretrain.learning_rate_schedule(config, 0.1)
     tx = galore_jax.galore_adamw(schedule, rank=4, update_proj_gap=5, method="random", exclude=None)
@@ -33,7 +33,7 @@ def setup(config):
 
 
 def run(*flags):
-    return pretrain.main([*FLAGS, *DIAGNOSTICS, *flags], setup)
+    return pretrain.main([*FLAGS, *DIAGNOSTICS, *flags], projected)
 
 
 def written(name):
@@ -77,7 +77,7 @@ def test_no_step_is_twice_in_the_event_files(begun, tmp_path, monkeypatch):
     assert [step for step, _ in written(name)] == list(range(1, 9))
     lost = pathlib.Path(name, "metrics.jsonl")
     lost.write_text(lost.read_text() + json.dumps({"step": 9, "loss": 0.0}) + '\n{"step": 1')
-    assert pretrain.main(["--resume", name], setup) == 0
+    assert pretrain.main(["--resume", name], projected) == 0
     found, rows = written(name), metrics(name)
     assert [step for step, _ in found] == list(range(1, 13))
     for (_, figures), row in zip(found, rows, strict=True):
