@@ -4,6 +4,7 @@ The links are those that Optax lists, so that a new one comes in by itself. What
 what it does with full gradients; where it refuses those, the lower tiers need not be asked.
 """
 
+import functools
 import inspect
 import warnings
 
@@ -132,13 +133,9 @@ def step_of(tier, tx):
     }[tier]()
 
 
-def as_with_full_gradients(name, place, tier):
-    """Whether a transformation does there what it does with full gradients.
-
-    Returns:
-        "equal"; "refused", by an error that names our function; "warned" of; or None, where full
-        gradients are refused too. Inside, where both tiers give it the same arrays, "taken".
-    """
+@functools.cache
+def in_full(name, place):
+    """The optimizer and its abstract state; None where it has no such place or is refused."""
     try:
         tx = build(MAKERS[name], place)
         if tx is None:
@@ -149,6 +146,32 @@ def as_with_full_gradients(name, place, tier):
         raise
     except Exception:
         return None
+    return tx, state
+
+
+def trained(step, tx):
+    params, state = PARAMS, tx.init(PARAMS)
+    for x in ROWS:
+        params, state = step(params, state, x)
+    return params
+
+
+@functools.cache
+def trained_in_full(name, place):
+    tx, _ = in_full(name, place)
+    return trained(step_of("full", tx), tx)
+
+
+def as_with_full_gradients(name, place, tier):
+    """Whether a transformation does there what it does with full gradients.
+
+    Returns:
+        "equal"; "refused", by an error that names our function; "warned" of; or None, where full
+        gradients are refused too. Inside, where both tiers give it the same arrays, "taken".
+    """
+    if in_full(name, place) is None:
+        return None
+    tx, state = in_full(name, place)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -160,14 +183,9 @@ def as_with_full_gradients(name, place, tier):
         return "warned"
     if place == "inside":
         return "taken"
-    ends = []
-    for one in "full", tier:
-        step, params, state = step_of(one, tx), PARAMS, tx.init(PARAMS)
-        # Compiled where it is a loop that would be compiled anew at each step.
-        step = jax.jit(step) if one == "layerwise" else step
-        for x in ROWS:
-            params, state = step(params, state, x)
-        ends.append(params)
+    # Compiled where it is a loop that would be compiled anew at each step.
+    step = jax.jit(step_of(tier, tx)) if tier == "layerwise" else step_of(tier, tx)
+    ends = trained_in_full(name, place), trained(step, tx)
     for a, b, start in zip(*map(jax.tree.leaves, (*ends, PARAMS)), strict=True):
         moved = np.max(np.abs(np.asarray(a) - start))
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * moved + 1e-7)
