@@ -28,6 +28,7 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("GALORE_JAX_NOTEBOOK_STEPS", "12")
     monkeypatch.setenv("GALORE_JAX_NOTEBOOK_MODEL", "stand-in")  # Downloads nothing.
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=300, km=this_python(), resources={"metadata": {"path": str(tmp_path)}}
