@@ -15,8 +15,6 @@ from galore_jax.projector.gradient import ProjectedGradient, is_projected, recei
 from tests.models import HIDDEN, LAYERS, MODELS, OPTIONS, WIDTH, NnxNet, batches, plain
 from tests.problems import once_but
 
-SIDES = ("std", "reverse_std", "left", "right", "full")
-
 
 def close(a, b, tolerance):
     jax.tree.map(
@@ -52,9 +50,10 @@ def full(loss_fn):
     return lambda params, state, x: jax.value_and_grad(loss_fn)(params, x)
 
 
-# Both ways to tap a kernel on all sides, and each library on a one-sided and a two-sided one.
-PAIRS = [("plain", side) for side in SIDES] + [("hooked", "std"), ("hooked", "full")]
-PAIRS += [("linen", "std"), ("linen", "full"), ("nnx", "reverse_std"), ("nnx", "full")]
+# Of a wide and a tall kernel `std` and `reverse_std` are each side once, as `left` and `right` are;
+# each other way to tap a kernel on one side or on both.
+PAIRS = [("plain", side) for side in ("std", "reverse_std", "full")]
+PAIRS += [("hooked", "full"), ("linen", "std"), ("nnx", "full")]
 
 
 @pytest.mark.parametrize(
@@ -429,7 +428,7 @@ def test_under_inject_hyperparams_partition_and_nnx_optimizer():
     model = NnxNet(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, four, wrt=nnx.Param)
     before = float(nnx_loss(nnx.state(model, nnx.Param), batches(1)[0]))
-    for x in batches(8):
+    for x in batches(3):
         params = nnx.state(model, nnx.Param)
         _, grads = galore_jax.value_and_grad(nnx_loss, four)(params, optimizer.opt_state, x)
         optimizer.update(model, grads)
@@ -496,7 +495,7 @@ def test_the_gradient_of_a_stack_never_exists():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("projector_dtype", [None, "int8", "int4"])
+@pytest.mark.parametrize("projector_dtype", [None, "int4"])
 def test_updates_scale_after_galore(projector_dtype):
     params, loss_fn = plain()
     options = OPTIONS | {"method": "svd", "projector_dtype": projector_dtype}
@@ -722,10 +721,15 @@ def test_gradients_averaged_over_different_bases_are_not_a_number(options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"proj_type": "full"}, {"projector_dtype": "int4"}, {"method": "coordinates"}],
+    ("options", "decay"),
+    [
+        ({}, 0.0),
+        ({}, 0.3),
+        ({"proj_type": "full"}, 0.3),
+        ({"projector_dtype": "int4"}, 0.3),
+        ({"method": "coordinates"}, 0.3),
+    ],
 )
-@pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_links_behind_measure_the_update(options, decay):
     params, loss_fn = plain()
     inner = galore_jax.galore(
@@ -769,7 +773,7 @@ def test_a_mixed_basis_is_not_kept_where_its_step_is_skipped():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("projector_dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("projector_dtype", ["float32", "bfloat16", "int4"])
 def test_projectors_are_left_alone_between_refreshes(projector_dtype):
     """A program that may refresh hands all of them through links that scale, and back."""
     params, loss_fn = plain(hooked=True)
