@@ -285,10 +285,8 @@ def test_config_that_cannot_work(changes, line):
 
 # Of a gradient that is zero, as of the biases of keys, which no score depends on, Adam would make
 # the rounding large.
-TX = galore_jax.galore_adamw(
-    **{"learning_rate": 0.01, "rank": 4, "weight_dimension_numbers": galore_jax.matrix_axes},
-    **{"method": "svd", "eps": 1e-3},
-)
+OPTIONS = {"rank": 4, "weight_dimension_numbers": galore_jax.matrix_axes, "method": "svd"}
+TX = galore_jax.galore_adamw(0.01, eps=1e-3, **OPTIONS)
 
 
 def test_only_kernels_of_the_blocks_are_projected():
@@ -307,7 +305,9 @@ def test_tiers_are_one():
     """With dropout, whose masks the backward pass of each tier has to make again."""
     tokens, mask = texts(SMALL)
     params = jax.tree.map(jnp.asarray, weights(SMALL))
-    begun, ends = (params, jax.jit(TX.init)(params)), {}
+    # Each projected kernel makes a program longer.
+    tx = galore_jax.galore_adamw(0.01, eps=1e-3, exclude="^(?!.*attention/(q|v)/kernel)", **OPTIONS)
+    begun, ends = (params, jax.jit(tx.init)(params)), {}
     for tier in ("full", "subspace", "layerwise"):
         config = dataclasses.replace(SMALL, remat=tier == "layerwise")
         model_of = roberta.from_graph(roberta.initializer(config, 0)[0])
@@ -319,12 +319,12 @@ def test_tiers_are_one():
 
         def step(params, state, key, tier=tier, loss_fn=loss_fn):
             if tier == "layerwise":
-                return galore_jax.value_and_update(loss_fn, TX)(params, state, key)
+                return galore_jax.value_and_update(loss_fn, tx)(params, state, key)
             if tier == "subspace":
-                loss, grads = galore_jax.value_and_grad(loss_fn, TX)(params, state, key)
+                loss, grads = galore_jax.value_and_grad(loss_fn, tx)(params, state, key)
             else:
                 loss, grads = jax.value_and_grad(loss_fn)(params, key)
-            updates, state = TX.update(grads, state, params)
+            updates, state = tx.update(grads, state, params)
             return loss, galore_jax.apply_updates(params, updates), state
 
         (params, state), losses, step = begun, [], jax.jit(step)
