@@ -44,7 +44,7 @@ def metrics(
 
     (:math:`P P^T G Q Q^T` with two sides, whose overlaps are averaged; the right-hand forms are
     those of orthonormal columns, and with quantised ones the figures stay between 0 and 1). It
-    takes sums and a few small products, and may stay in a jitted step. Call it behind the update:
+    takes sums and a few small products, and may stay in a jitted step. Call it behind the update::
 
         updates, new_state = tx.update(grads, opt_state, params)
         figures = galore_jax.metrics(
