@@ -1,5 +1,7 @@
 """README and guides, run: what their pages take as given, and their shell blocks in short.
 
+    pytest README.md docs --dist loadfile
+
 A page's blocks run from top to bottom in one namespace and one folder. `conftest.py` at the root
 collects them. What a page does not say, since every reader has it (`params`, a folder with a
 model), it makes in a comment that is not shown.
