@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 # The fast ones first.
 BENCHMARKS = (
-    *("layouts", "state", "devices", "memory", "optimizer_step", "eightbit", "projectors"),
+    *("layouts", "state", "devices", "memory", "optimizer_step", "peers", "eightbit", "projectors"),
     *("muon", "tiers", "checkpoint", "finetune", "precision", "quality", "gpu"),
 )
 NEED_MORE = ("checkpoint",)  # than can be had here, unless they are quick

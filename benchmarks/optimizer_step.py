@@ -1,21 +1,15 @@
-"""One step of an optimizer: ours beside Optax's, galore-torch, flashoptim-jax and rollfast.
+"""One optimizer step of LLaMA-60M's blocks: ours beside AdamW, optax.contrib and galore-torch.
 
     python -m benchmarks.optimizer_step
 
-The weights are those of LLaMA-60M's blocks; gradients have singular values that fall as j^-0.7.
-Plain and refresh steps are timed in turns in one process, medians; the step applies the update,
-with buffers donated. `whole` is a step with the gradients: 4 of these blocks with a vocabulary of
-4096 around them, 4 x 256 tokens; the optimizer has the blocks' kernels and AdamW the rest. Compile
-time is that of `update` (traced, lowered and compiled) for 32 unrolled layers.
-
-A row whose package is not installed, or fails, says so.
+Plain and refresh steps are timed in turns in one process, medians; gradients have singular
+values that fall as j^-0.7. The step applies the update, with buffers donated. Compile time is
+that of `update` (traced, lowered and compiled) for 32 unrolled layers.
 """
 
-import dataclasses
-import importlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # Waiting OpenBLAS threads spin; on a shared machine they slow everybody's decompositions down.
@@ -30,7 +24,6 @@ import optax
 
 import galore_jax
 from benchmarks import report, steps
-from examples import llama
 from galore_jax.projector.basis import METHODS
 
 D, FF, LAYERS, RANK = 512, 1376, 8, 128
@@ -39,10 +32,35 @@ SHAPES = {
     **dict.fromkeys(("gate", "up"), (D, FF)),
     "down": (FF, D),
 }
-WHOLE = llama.LlamaConfig(4096, D, FF, heads=8, layers=4)
-PACKAGES = ("torch", "galore-torch", "flashoptim-jax", "rollfast", "numpy")
-OURS, CONTRIB, ADAMW, TORCH = "galore_jax", "optax.contrib.galore", "optax.adamw", "galore-torch"
-RATE, DECAY = 1e-3, 0.1
+PACKAGES = ("torch", "galore-torch", "numpy")
+OURS, CONTRIB = "galore_jax", "optax.contrib.galore"
+
+
+def decaying(rng, shape, power=0.7):
+    k = min(shape)
+    u = np.linalg.qr(rng.standard_normal((shape[0], k)))[0]
+    v = np.linalg.qr(rng.standard_normal((shape[1], k)))[0]
+    return ((u * np.arange(1, k + 1) ** -power) @ v.T).astype(np.float32)
+
+
+def layers(make, count=LAYERS):
+    return {str(i): {name: make(shape) for name, shape in SHAPES.items()} for i in range(count)}
+
+
+def problem(count):
+    """Weights and gradients of so many layers."""
+    rng = np.random.default_rng(0)
+    params = layers(lambda s: jnp.asarray(0.02 * rng.standard_normal(s), jnp.float32), count)
+    return params, layers(lambda s: jnp.asarray(decaying(rng, s)), count)
+
+
+def optimizers(methods=()):
+    options: dict[str, Any] = dict(weight_decay=0.1, rank=RANK)
+    yield "optax.adamw", optax.adamw(1e-3, weight_decay=0.1)
+    yield CONTRIB, optax.contrib.galore(1e-3, **options)
+    yield OURS, galore_jax.galore_adamw(1e-3, **options)
+    for method in methods:
+        yield f"galore_jax {method}", galore_jax.galore_adamw(1e-3, **options, method=method)
 
 
 class Stepping(NamedTuple):
@@ -61,58 +79,6 @@ def of_optax(tx: optax.GradientTransformation) -> Stepping:
         return optax.apply_updates(params, updates), state
 
     return Stepping(jax.jit(tx.init), step)
-
-
-def flash_adamw() -> Stepping:
-    # Its fused kernels are for GPUs; float32 weights have nothing that a correction could add.
-    fused = jax.default_backend() == "gpu"
-    package: Any = importlib.import_module("flashoptim_jax")
-    tx = package.flash_adamw(RATE, weight_decay=DECAY, master_weight_bits=None, fused=fused)
-
-    def init(params):  # not jitted, which would fold constants of the weights' size for long
-        return jax.tree.map(jnp.array, tx.init(params))
-
-    return Stepping(init, lambda grads, state, params: tx.step(params, state, grads))
-
-
-def rollfast(module: str, name: str, **options) -> Stepping:
-    make = getattr(importlib.import_module(module), name)
-    return of_optax(make(RATE, weight_decay=DECAY, **options))
-
-
-def galore(**options) -> optax.GradientTransformation:
-    return galore_jax.galore_adamw(RATE, weight_decay=DECAY, rank=RANK, **options)
-
-
-# By row; those that refresh their projectors.
-ROWS: dict[str, Callable[[], Stepping]] = {
-    ADAMW: lambda: of_optax(optax.adamw(RATE, weight_decay=DECAY)),
-    CONTRIB: lambda: of_optax(optax.contrib.galore(RATE, weight_decay=DECAY, rank=RANK)),
-    "optax.contrib.muon": lambda: of_optax(optax.contrib.muon(RATE, weight_decay=DECAY)),
-    "flashoptim_jax.flash_adamw": flash_adamw,
-    "rollfast.adamw8": lambda: rollfast("rollfast", "adamw8"),
-    "rollfast galore_adamw": lambda: rollfast("rollfast.optim.galore", "galore_adamw", rank=RANK),
-    OURS: lambda: of_optax(galore()),
-    "galore_jax.galore_adamw8bit": lambda: of_optax(
-        galore_jax.galore_adamw8bit(RATE, weight_decay=DECAY, rank=RANK)
-    ),
-    "galore_jax.adamw8bit": lambda: of_optax(galore_jax.adamw8bit(RATE, weight_decay=DECAY)),
-    "galore_jax.galore_muon, int8": lambda: of_optax(
-        galore_jax.galore_muon(RATE, weight_decay=DECAY, rank=RANK, accumulator_dtype="int8")
-    ),
-}
-REFRESHING = (CONTRIB, "rollfast galore_adamw", OURS)
-
-
-def decaying(rng, shape, power=0.7):
-    k = min(shape)
-    u = np.linalg.qr(rng.standard_normal((shape[0], k)))[0]
-    v = np.linalg.qr(rng.standard_normal((shape[1], k)))[0]
-    return ((u * np.arange(1, k + 1) ** -power) @ v.T).astype(np.float32)
-
-
-def layers(make, count=LAYERS):
-    return {str(i): {name: make(shape) for name, shape in SHAPES.items()} for i in range(count)}
 
 
 class JaxStep:
@@ -153,7 +119,7 @@ class TorchStep:
             params=self.weights, rank=RANK, update_proj_gap=200, scale=0.25, proj_type="std"
         )
         self.optimizer = galore_torch.GaLoreAdamW(
-            [group], lr=RATE, weight_decay=DECAY, no_deprecation_warning=True
+            [group], lr=1e-3, weight_decay=0.1, no_deprecation_warning=True
         )
 
     def plain(self):
@@ -171,59 +137,6 @@ class TorchStep:
         return sum(x.numel() * x.element_size() for x in arrays if hasattr(x, "numel"))
 
 
-class WholeStep:
-    """A compiled, donated step of the model, with the optimizer on the blocks' kernels."""
-
-    def __init__(self, tx: Stepping, config: llama.LlamaConfig):
-        problem, rest = steps.unrolled(config), of_optax(steps.adamw())
-        params = steps.weights(problem.params)
-        flat, structure = jax.tree_util.tree_flatten_with_path(params)
-        paths = [jax.tree_util.keystr(path) for path, _ in flat]
-
-        def split(tree):
-            both = {}, {}
-            for path, x in zip(paths, jax.tree.leaves(tree), strict=True):
-                both["blocks" not in path or x.ndim < 2][path] = x
-            return both
-
-        def step(both, states, tokens):
-            together = both[0] | both[1]
-            tree = jax.tree.unflatten(structure, [together[path] for path in paths])
-            loss, grads = jax.value_and_grad(problem.loss)(tree, tokens)
-            parts = zip((tx, rest), split(grads), states, both, strict=True)
-            done = [part.step(grad, state, params) for part, grad, state, params in parts]
-            return *zip(*done, strict=True), loss
-
-        self.both, self.tokens = split(params), steps.tokens(config, 4, 256)
-        self.states = tx.init(self.both[0]), rest.init(self.both[1])
-        self.step = jax.jit(step, donate_argnums=(0, 1))
-
-    def __call__(self):
-        self.both, self.states, loss = self.step(self.both, self.states, self.tokens)
-        return loss, self.both
-
-
-def made(rows: dict[str, Callable[[], Any]]) -> Iterator[tuple[str, Any]]:
-    """What each row makes: a step that has run once, or why there is none."""
-    for name, make in rows.items():
-        try:
-            step = make()
-            jax.block_until_ready(step.plain() if hasattr(step, "plain") else step())
-        except ImportError as error:
-            yield name, f"not installed: {error.name}"
-        except Exception as error:
-            yield name, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        else:
-            yield name, step
-
-
-def split(found: Iterator[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The steps, and what failed."""
-    together = dict(found)
-    failed = {name: x for name, x in together.items() if isinstance(x, str)}
-    return {name: x for name, x in together.items() if name not in failed}, failed
-
-
 def compile_seconds(tx, repeats):
     """Median seconds to trace, lower and compile `update` for 32 unrolled layers."""
     params = layers(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), 32)
@@ -232,7 +145,7 @@ def compile_seconds(tx, repeats):
     for _ in range(repeats):
         jax.clear_caches()
         start = time.perf_counter()
-        jax.jit(tx.step).lower(params, state, params).compile()
+        jax.jit(tx.update).lower(params, state, params).compile()
         times.append(time.perf_counter() - start)
     return float(np.median(times))
 
@@ -257,70 +170,55 @@ def main(argv=None):
     parser.add_argument("--plain", type=int, default=21, help="timed plain steps of each")
     parser.add_argument("--refreshes", type=int, default=3, help="timed refreshes of each")
     parser.add_argument("--compiles", type=int, default=3, help="timed compilations of each")
-    parser.add_argument("--whole", type=int, default=7, help="timed whole steps of each")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="whose weights are updated")
-    parser.add_argument("--rows", nargs="+", choices=(*ROWS, TORCH), default=[*ROWS, TORCH])
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    few = dict(rows=[ADAMW, OURS, TORCH], methods=["subspace"], layers=1)
-    args = report.parse(parser, argv, plain=1, refreshes=1, compiles=0, whole=1, **few)
+    few = dict(layers=1, methods=["subspace"])
+    args = report.parse(parser, argv, plain=1, refreshes=1, compiles=1, **few)
 
-    rng = np.random.default_rng(0)
-    params = layers(lambda s: jnp.asarray(0.02 * rng.standard_normal(s), jnp.float32), args.layers)
-    grads = layers(lambda s: jnp.asarray(decaying(rng, s)), args.layers)
-    rows: dict[str, Callable[[], Any]] = {
-        name: lambda make=make: JaxStep(make(), grads, params) for name, make in ROWS.items()
+    params, grads = problem(args.layers)
+    steps: dict[str, JaxStep | TorchStep] = {
+        name: JaxStep(tx, grads, params) for name, tx in optimizers(args.methods)
     }
-    rows[TORCH] = lambda: TorchStep(grads, params)
-    alone, failed = split(made({name: rows[name] for name in args.rows}))
-    by_method = {
-        f"{OURS} {method}": JaxStep(galore(method=method), grads, params) for method in args.methods
-    }
-    refreshing = {n: x.refresh for n, x in alone.items() if n in (*REFRESHING, TORCH)}
-    refreshing |= {n: x.refresh for n, x in by_method.items()}
-    refresh = report.in_turns(refreshing, args.refreshes)
-    plain = report.in_turns({n: x.plain for n, x in alone.items()}, args.plain, warmup=2)
-    state = {name: x.state_bytes() for name, x in alone.items()}
-    del by_method, alone, refreshing
+    try:
+        steps["galore-torch"] = TorchStep(grads, params)
+    except ImportError as error:
+        print(f"galore-torch: not measured, for want of {error.name}")
 
-    config = dataclasses.replace(WHOLE, layers=min(args.layers, WHOLE.layers))
-    rows = {n: lambda n=n: WholeStep(ROWS[n](), config) for n in ROWS if n in plain}
-    stepping, more_failed = split(made(rows))
-    whole = report.in_turns(stepping, args.whole)
-    del stepping
-    compiled = (ADAMW, CONTRIB, OURS) if args.compiles else ()
-    compiling = {name: compile_seconds(ROWS[name](), args.compiles) for name in compiled}
+    refresh = report.in_turns({k: s.refresh for k, s in steps.items()}, args.refreshes)
+    main_steps = {k: s.plain for k, s in steps.items() if not k.startswith("galore_jax ")}
+    plain = report.in_turns(main_steps, args.plain, warmup=2)
+    compiling = {name: compile_seconds(tx, args.compiles) for name, tx in optimizers()}
     energy = captured(grads, args.methods)
 
     none = float("nan")
-    parts = (plain, refresh, whole, state, compiling)
-    report.table(
-        ["optimizer", "plain s", "refresh s", "whole s", "state bytes", "compile s"],
-        [[n, *(part.get(n, none) for part in parts)] for n in (*ROWS, TORCH) if n in plain],
-    )
+    rows = [
+        [k, plain.get(k, none), refresh[k], compiling.get(k, none), energy.get(k[11:], none)]
+        for k in steps
+    ]
+    report.table(["optimizer", "plain s", "refresh s", "compile s", "energy / svd"], rows)
+    measured = (("plain", plain), ("refresh", refresh), ("compile", compiling))
+    others = (("contrib", CONTRIB), ("adamw", "optax.adamw"), ("galore-torch", "galore-torch"))
     ratios = {
         f"{part} / {other}": seconds[OURS] / seconds[name]
-        for part, seconds in (("plain", plain), ("refresh", refresh), ("compile", compiling))
-        for other, name in (("contrib", CONTRIB), ("adamw", ADAMW), ("galore-torch", TORCH))
-        if name in seconds and OURS in seconds
+        for part, seconds in measured
+        for other, name in others
+        if name in seconds
     }
     report.table(["ours against", "ratio"], [[k, v] for k, v in ratios.items()])
-    for name, why in (failed | more_failed).items():
-        print(f"{name}: {why}")
-    result = {
-        "command": args.command,
-        "layers": args.layers,
-        "whole_step": {"layers": config.layers, "vocab_size": config.vocab_size, "tokens": 1024},
-        "plain_seconds": plain,
-        "refresh_seconds": refresh,
-        "whole_seconds": whole,
-        "state_bytes": state,
-        "weights_bytes": steps.nbytes(params),
-        "compile_seconds_32_layers": compiling,
-        "captured_energy_over_svd": energy,
-        "ratios": ratios,
-        "failed": failed | more_failed,
-    }
-    report.write("optimizer_step", result, PACKAGES, args.out)
+    report.write(
+        "optimizer_step",
+        {
+            "command": args.command,
+            "layers": args.layers,
+            "plain_seconds": plain,
+            "refresh_seconds": refresh,
+            "compile_seconds_32_layers": compiling,
+            "captured_energy_over_svd": energy,
+            "ratios": ratios,
+        },
+        PACKAGES,
+        args.out,
+    )
 
 
 if __name__ == "__main__":

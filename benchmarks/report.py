@@ -23,7 +23,7 @@ QUICK = pathlib.Path("runs") / "quick"  # no quick figure lands among the real o
 PACKAGES = ("jax", "jaxlib", "optax", "flax")
 
 
-def in_turns(functions, repeats, warmup=1):
+def in_turns(functions, repeats, warmup=1, clock=time.perf_counter):
     """Median seconds of each function, called in turns so that drift hits all alike."""
     for _ in range(warmup):
         for function in functions.values():
@@ -31,15 +31,15 @@ def in_turns(functions, repeats, warmup=1):
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(seconds(function))
+            times[name].append(seconds(function, clock))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def seconds(function):
+def seconds(function, clock=time.perf_counter):
     """Seconds of one call, until its result is there."""
-    start = time.perf_counter()
+    start = clock()
     jax.block_until_ready(function())
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

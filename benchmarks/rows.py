@@ -126,7 +126,7 @@ def tiers(found):
         )
 
 
-@of("optimizer_step")
+@of("peers")
 def optimizer_step(found):
     titles = {
         "optax.adamw": "`optax.adamw`",
@@ -137,7 +137,7 @@ def optimizer_step(found):
         "optax.contrib.galore": "`optax.contrib.galore`",
         "rollfast galore_adamw": "`rollfast.optim.galore.galore_adamw`",
         "galore-torch": "`galore_torch.GaLoreAdamW`",
-        "galore_jax": "`galore_jax.galore_adamw`",
+        "galore_jax.galore_adamw": "`galore_jax.galore_adamw`",
         "galore_jax.galore_adamw8bit": "`galore_jax.galore_adamw8bit`",
         "galore_jax.galore_muon, int8": f"`galore_jax.galore_muon`, {INT8}",
     }
