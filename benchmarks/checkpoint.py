@@ -44,7 +44,7 @@ def main(argv=None):
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--eval-batches", type=int, default=16)
-    args = report.parse(parser, argv, rows=["adamw", "galore_muon"], steps=4, eval_batches=1)
+    args = report.parse(parser, argv, rows=["galore_muon"], steps=4, eval_batches=1)
     if args.folder is None and not args.quick:
         parser.error("give the FOLDER of a Hugging Face checkpoint with its tokenizer")
     with tempfile.TemporaryDirectory() as cache:

@@ -32,6 +32,7 @@ def all_optimizers(rows: Collection[str] = ()) -> dict[str, optax.GradientTransf
         "muon8bit": optimizers.muon(RATE, weight_decay=0.1, make=galore_jax.muon8bit),
         "galore_muon": galore_jax.galore_muon(RATE, **options),
         "galore_muon, int8": galore_jax.galore_muon(RATE, accumulator_dtype="int8", **options),
+        "alice": galore_jax.alice(RATE, **options),
         "foam": galore_jax.foam(RATE, **matrices),
         "racs": galore_jax.racs(RATE, **matrices),
         "galore_adamw": galore_jax.galore_adamw(RATE, **options),

@@ -3,7 +3,7 @@
     python -m benchmarks.pictures           # of every quality*.json in benchmarks/results
 
 Of methods of one kind the best is drawn in colour and named, the rest is grey. A row that diverged
-is left out.
+is left out. One seed has no range, and no picture.
 """
 
 import argparse
@@ -46,9 +46,9 @@ def colours(table: dict[str, Any]) -> dict[str, str]:
 
 
 def draw(table: dict[str, Any], out: pathlib.Path, name: str) -> None:
-    """Loss curves, and perplexity against memory."""
+    """Loss curves, and perplexity against memory, where there are several seeds."""
     table = {name: row for name, row in table.items() if math.isfinite(row["loss"])}
-    if table:
+    if any(len(row["losses"]) > 1 for row in table.values()):
         curves(table).savefig(out / f"{name}_curves.png", dpi=120)
         memory(table).savefig(out / f"{name}_memory.png", dpi=120)
 

@@ -83,12 +83,13 @@ METHODS = {
     "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 8e-3),
     "LDAdam": Method(("--optimizer", "ldadam"), 4e-3),
     "SCALE": Method(("--optimizer", "scale_sgd"), 2e-3),
+    "Alice": Method(("--optimizer", "alice", "--update-proj-gap", "20%"), 0.02),
     "FOAM-2": Method(("--optimizer", "foam"), 1e-3),
     "RACS": Method(("--optimizer", "racs"), 0.02),
     "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "Muon"),
     "galore_muon": _muon_variant(),
     "galore_muon, int8": _muon_variant(of=_MUON_INT8),
-    "galore_muon, int8, rank 64": _muon_variant("--rank", "64", of=_MUON_INT8),
+    "galore_muon, int8, rank 0.5": _muon_variant("--rank", "0.5", of=_MUON_INT8),
     "galore_muon, int8, rank 8": _muon_variant("--rank", "8", of=_MUON_INT8),
     "galore_muon, random directions": _muon_variant("--method", "random"),
     "galore_muon, GaLore's subspace": _muon_variant("--method", "randomized"),
@@ -122,13 +123,14 @@ _SHORT_TESTS = ("--eval-batches", "16", "--last-eval-batches")
 # At another scale: one seed.
 _FEW: Any = dict(
     tuning_steps=0, tuning_seed=100, seeds=(0,), embedding_rate=32e-3, picks=False,
-    methods=("AdamW", "Muon", "8-bit Muon", "galore_muon", "galore_muon, int8", "FRUGAL"),
+    methods=("AdamW", "Muon", "8-bit Muon", "galore_muon, int8", "galore_muon, int8, rank 0.5",
+             "FRUGAL"),
 )  # fmt: skip
 BUDGETS = {
     "quick": Budget(
         (*_TINY, "--seq-len", "32", "--batch-size", "2", *_SHORT_TESTS, "2"),
         steps=8, tuning_steps=4, tuning_seed=100, seeds=(0,), embedding_rate=32e-3, reach=0,
-        methods=("AdamW", "Muon", "galore_muon, int8", "LoRA"),
+        methods=("AdamW", "LoRA"),
     ),
     "cpu": Budget(
         (*_TINY, "--seq-len", "128", "--batch-size", "8", *_SHORT_TESTS, "128"),

@@ -235,7 +235,7 @@ QUALITY = {
     "Muon": "`optax.contrib.muon`",
     "galore_muon": "`galore_muon`, T = 200",
     "galore_muon, int8": f"**`galore_muon`, {INT8}**, T = 200 (its default)",
-    "galore_muon, int8, rank 64": f"**`galore_muon`, {INT8}, r = 64**, T = 200",
+    "galore_muon, int8, rank 0.5": f"**`galore_muon`, {INT8}, r = 64**, T = 200",
     "galore_muon, int8, rank 8": f"`galore_muon`, {INT8}, r = 8, T = 200",
     "galore_muon, random directions": '`galore_muon`, `method="random"`, T = 200',
     "galore_muon, GaLore's subspace": '`galore_muon`, `method="randomized"`, T = 200',
@@ -244,6 +244,7 @@ QUALITY = {
     "AdamW": "`optax.adamw`",
     "APOLLO": "`apollo`, T = 50",
     "APOLLO-Mini": "`apollo_mini`, T = 50",
+    "Alice": "`alice`, T = 200",
     "FOAM-2": "`foam`",
     "RACS": "`racs`",
     "Fira": "`fira`, T = 50",
@@ -281,8 +282,11 @@ def quality(found):
 
 
 @of("quality_man")
+@of("quality_batch", "quality_batch")
+@of("quality_large", "quality_large")
 def quality_man(found):
     titles = {name: re.sub(", T = .*", "", shown) for name, shown in QUALITY.items()}
+    titles |= {"galore_muon, int8, rank 0.5": f"**`galore_muon`, {INT8}, `rank=0.5`**"}
     yield "", "loss by seed", "perplexity", "state, MB"
     for name, row in _by_loss(found["methods"]):
         losses = ", ".join(number(x, ".3f") for x in row["losses"])
@@ -298,6 +302,7 @@ def muon(found):
         "muon8bit": "`muon8bit`",
         "galore_muon": "`galore_muon`",
         "galore_muon, int8": f"`galore_muon`, {INT8}",
+        "alice": "`alice`",
         "foam": "`foam`",
         "racs": "`racs`",
         "galore_adamw": "`galore_adamw`",

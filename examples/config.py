@@ -41,8 +41,8 @@ class Model:
     """What --model 7b takes to fit on a card of so much memory: optimizer, number formats, tier and
     batch, each of which another flag may change."""
     optimizer: Literal[tuple(optimizers.OPTIMIZERS)]  # type: ignore[valid-type]
-    """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, scale_sgd, foam,
-    racs), or a full-rank counterpart."""
+    """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, alice, scale_sgd,
+    foam, racs), or a full-rank counterpart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -157,6 +157,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "apollo_mini": Optimizer(galore_jax.apollo_mini, 0.25, _MINI),
     "ldadam": Optimizer(galore_jax.ldadam, 0.25, ("rank", "proj_type")),
     "scale_sgd": Optimizer(galore_jax.scale_sgd, 0.1),
+    "alice": Optimizer(
+        functools.partial(galore_jax.alice, **MATRICES), 2.0, ("rank", "update_proj_gap")
+    ),
     "foam": Optimizer(functools.partial(galore_jax.foam, **MATRICES), 0.25),
     "racs": Optimizer(functools.partial(galore_jax.racs, **MATRICES), 2.0),
     "optax_galore": Optimizer(

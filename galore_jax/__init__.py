@@ -17,6 +17,7 @@ from galore_jax.optimizers.alias import (
     galore_sgd,
     lion8bit,
 )
+from galore_jax.optimizers.alice import alice, scale_by_alice
 from galore_jax.optimizers.apollo import apollo, apollo_mini, scale_by_apollo
 from galore_jax.optimizers.column_norm import scale_by_column_norm, scale_sgd
 from galore_jax.optimizers.eightbit import scale_by_adam8bit, scale_by_lion8bit, trace8bit
@@ -60,6 +61,8 @@ __all__ = [  # noqa: RUF022 (grouped by use)
     "scale_by_apollo",
     "ldadam",
     "scale_by_ldadam",
+    "alice",
+    "scale_by_alice",
     "foam",
     "scale_by_foam",
     "racs",

@@ -320,6 +320,7 @@ def test_nnx():
 
 WITHOUT = {
     "adamw": optax.adamw(1e-2),
+    "alice": galore_jax.alice(1e-2, rank=2),
     "foam": galore_jax.foam(1e-2),
     "racs": galore_jax.racs(1e-2),
     "muon8bit": galore_jax.muon8bit(1e-2),

@@ -130,7 +130,7 @@ def _plan_leaf(path, x, spec, rank, proj_type, excluded) -> MatrixView | Unproje
         return Unprojected(path, shape, "weight_dimension_numbers is None")
     batch, reduction, output = specs.axes(path, shape, spec)
     view = MatrixView(path, shape, batch, reduction, output, "in", 0, wide_dtype(x))
-    r = _rank(rank, path, shape, min(view.m, view.n))
+    r = rank_of(rank, path, shape, min(view.m, view.n))
     if min(view.m, view.n) <= r:
         reason = f"smaller side {min(view.m, view.n)} <= rank {r}"
         return Unprojected(path, shape, reason, _LESS_RANK if large else "")
@@ -172,7 +172,8 @@ def check_rank(rank: Any, where: str = "") -> None:
         )
 
 
-def _rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int:
+def rank_of(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int:
+    """A rank as a number, for a matrix whose smaller side is known."""
     if callable(rank):
         rank = rank(path, shape)
         if callable(rank):

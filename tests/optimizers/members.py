@@ -68,9 +68,17 @@ def matrices(make):
     return made
 
 
-# Those that project nothing.
+def alice(rank=0.25, update_proj_gap=200, weight_dimension_numbers=None, **_):
+    return galore_jax.alice(
+        RATE, weight_decay=0.1, rank=rank, update_proj_gap=update_proj_gap,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )  # fmt: skip
+
+
+# Those without a projector of `galore`'s.
 UNPROJECTED = {
     "scale": scale,
+    "alice": alice,
     "foam": matrices(galore_jax.foam),
     "racs": matrices(galore_jax.racs),
 }

@@ -195,6 +195,7 @@ INJECTED = {
     "ldadam": (galore_jax.ldadam, ("rank", "weight_dimension_numbers")),
     "galore_muon": (galore_jax.galore_muon, ("rank", "weight_dimension_numbers")),
     "scale_sgd": (galore_jax.scale_sgd, ()),
+    "alice": (galore_jax.alice, ("rank", "leading", "weight_dimension_numbers")),
     "foam": (galore_jax.foam, ("level", "weight_dimension_numbers")),
     "racs": (galore_jax.racs, ("weight_dimension_numbers",)),
 }
