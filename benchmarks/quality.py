@@ -56,7 +56,7 @@ class Method:
 
 
 _MUON, _MUON_INT8 = (
-    ("--optimizer", name, "--update-proj-gap", "20%") for name in ("galore_muon", "galore_muon8bit")
+    ("--optimizer", name, "--update-proj-gap", "200") for name in ("galore_muon", "galore_muon8bit")
 )
 
 
@@ -83,7 +83,7 @@ METHODS = {
     "APOLLO-Mini": Method(("--optimizer", "apollo_mini"), 8e-3),
     "LDAdam": Method(("--optimizer", "ldadam"), 4e-3),
     "SCALE": Method(("--optimizer", "scale_sgd"), 2e-3),
-    "Alice": Method(("--optimizer", "alice", "--update-proj-gap", "20%"), 0.02),
+    "Alice": Method(("--optimizer", "alice", "--update-proj-gap", "200"), 0.02),
     "FOAM-2": Method(("--optimizer", "foam"), 1e-3),
     "RACS": Method(("--optimizer", "racs"), 0.02),
     "8-bit Muon": Method(("--optimizer", "muon8bit"), 0.02, "Muon"),

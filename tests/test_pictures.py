@@ -70,6 +70,12 @@ def test_a_row_that_diverged_is_left_out(tmp_path):
         assert (tmp_path / f"one_{part}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_seed_makes_no_picture(tmp_path):
+    one = {k: v[:1] if k in ("losses", "validation") else v for k, v in row(1.0).items()}
+    pictures.draw({"AdamW": one}, tmp_path, "one")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_of_lines_that_end_alike_are_moved_apart():
     figure = matplotlib.figure.Figure(dpi=120)
     axes = figure.add_subplot()

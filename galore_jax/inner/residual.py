@@ -125,11 +125,14 @@ def limit_norm_growth(gamma: jax.typing.ArrayLike = 1.01) -> optax.GradientTrans
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def scale_by_column_ratio() -> optax.GradientTransformationExtraArgs:
+def scale_by_column_ratio(
+    largest: jax.typing.ArrayLike = jnp.inf,
+) -> optax.GradientTransformationExtraArgs:
     """Multiply by the extra argument `column_ratio`, which `galore` gives its residual."""
 
     def update_fn(updates, state, params=None, **extra_args):
         del params
-        return jax.tree.map(jnp.multiply, updates, extra_args["column_ratio"]), state
+        ratios = extra_args["column_ratio"]
+        return jax.tree.map(lambda x, r: x * jnp.minimum(r, largest), updates, ratios), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

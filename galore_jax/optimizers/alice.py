@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.inner.residual import LimitNormGrowthState, limit_norm_growth
+from galore_jax.inner.residual import limit_norm_growth
 from galore_jax.matrix.plan import check_rank, rank_of
 from galore_jax.meshes import auto_mesh
 from galore_jax.optimizers.matrices import beside_adam, over_matrices
@@ -38,7 +38,7 @@ class ScaleByAliceState(NamedTuple):
     mu: optax.Updates  # shape=batch + (r, c)
     nu: optax.Updates  # shape=batch + (r, c)
     outside: optax.Updates  # shape=batch + (c,): mean squares of what U does not show
-    limit: LimitNormGrowthState  # the norm of the last compensation
+    limit: optax.OptState  # the norm of the last compensation
 
 
 def scale_by_alice(
@@ -185,7 +185,8 @@ def _switched(g, basis, gram, count, b3, leading: float) -> jax.Array:
     """New bases of matrices `batch + (k, c)`; on a mesh each device makes its share."""
 
     def one(item):
-        return _switch(*item, b3, leading)
+        g, basis, gram, count = item
+        return _switch(g, basis, gram, count, b3, leading)
 
     rows = [x.reshape(-1, *x.shape[-2:]) for x in (g, basis, gram)]
     stack = (*rows, jnp.broadcast_to(count, rows[0].shape[:1]))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import checks
+from galore_jax.inner.residual import scale_by_column_ratio
 from galore_jax.optimizers.eightbit import scale_by_adam8bit, trace8bit
 from galore_jax.optimizers.matrices import beside_adam, over_matrices
 from galore_jax.precision import debias
@@ -65,15 +66,17 @@ def galore_muon(
 
     .. math::
         R &= P^T G, \quad B \leftarrow \mu B + R \quad (r \times n) \\
-        M &= P (R + \mu B) + (G - P R) / \sqrt{1 - \mu^2} \\
+        M &= P (R + \mu B) + (G - P R)\, \mathrm{diag}(w), \quad
+        w_j = \min\left(\frac{\|(R + \mu B)_j\|}{\|R_j\|}, \frac{1}{1 - \mu}\right) \\
         W &\leftarrow W - \eta \left(\sqrt{\max(1, n / m)}\; \mathrm{NS}(M) + \lambda W\right)
 
     where NS is Newton-Schulz orthogonalisation, its columns divided by their root mean square over
-    steps, at the same norm (NorMuon). In the subspace M is Muon's (Nesterov)
-    momentum, outside of it the present gradient, weighted so that its noise is as large as that of
-    B, a sum of gradients with weights :math:`\mu^k`. The update has full rank, the state has r:
-    r n numbers, B, and n mean squares, where `galore_adamw` keeps r (m + 2 n) and Muon m n. Leaves
-    that are not projected take AdamW steps.
+    steps, at the same norm (NorMuon). In the subspace M is Muon's (Nesterov) momentum, outside of
+    it the present gradient, each column as much larger as momentum is than the gradient in the
+    subspace: about :math:`1 / \sqrt{1 - \mu^2}` where gradients are noise, up to
+    :math:`1 / (1 - \mu)` where they are the same at each step. The update has full rank, the state
+    has r: r n numbers, B, and n mean squares, where `galore_adamw` keeps r (m + 2 n) and Muon m n.
+    Leaves that are not projected take AdamW steps.
 
     Orthogonalised, all directions of a matrix count the same, so a subspace of the gradient's
     largest ones is not worth more than another. A random one serves better, and random rows of
@@ -131,7 +134,7 @@ def galore_muon(
         trace8bit(momentum, nesterov)
         if in_codes
         else optax.trace(momentum, nesterov, accumulator_dtype),
-        **{**options, "scale": 1.0, "residual": optax.scale(1 / (1 - momentum**2) ** 0.5)},
+        **{**options, "scale": 1.0, "residual": scale_by_column_ratio(1 / (1 - momentum))},
     )
 
     steps = [_orthogonalised()] + ([] if neuron_b2 is None else [_by_neuron(neuron_b2)])

@@ -275,6 +275,12 @@ def newton_schulz(x):
     return (left * values) @ right
 
 
+def outside_like_momentum(m, r, rest, momentum):
+    """What is outside of the subspace, its columns in momentum's size."""
+    ratio = np.linalg.norm(m, axis=0) / np.linalg.norm(r, axis=0)
+    return rest * np.minimum(ratio, 1 / (1 - momentum))
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_galore_muon(nesterov):
     tx = galore_jax.galore_muon(
@@ -299,7 +305,8 @@ def test_galore_muon(nesterov):
                 check_svd(p, g)
             r = p.T @ g
             b = 0.9 * b + r
-            m = p @ (r + 0.9 * b if nesterov else b) + (g - p @ r) / np.sqrt(1 - 0.9**2)
+            m = r + 0.9 * b if nesterov else b
+            m = p @ m + outside_like_momentum(m, r, g - p @ r, 0.9)
             shape = 1.0 if tall else np.sqrt(14 / 8)
             w = w - RATE * (shape * newton_schulz(m) + DECAY * w)
         return w
@@ -319,7 +326,8 @@ def test_galore_muon_by_neuron():
             p = projector(t)
             r = p.T @ g
             b = 0.9 * b + r
-            m = p @ (r + 0.9 * b) + (g - p @ r) / np.sqrt(1 - 0.9**2)
+            m = r + 0.9 * b
+            m = p @ m + outside_like_momentum(m, r, g - p @ r, 0.9)
             u = newton_schulz(m) * (1.0 if tall else np.sqrt(14 / 8))
             u = u.T if tall else u  # inputs first
             nu = 0.9 * nu + 0.1 * np.mean(u**2, axis=0)
