@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 # The fast ones first.
 BENCHMARKS = (
-    *("layouts", "state", "devices", "memory", "optimizer_step", "peers", "eightbit", "projectors"),
-    *("muon", "tiers", "checkpoint", "finetune", "precision", "quality", "gpu"),
+    *("imports", "layouts", "state", "devices", "memory", "optimizer_step", "peers", "eightbit"),
+    *("projectors", "muon", "tiers", "checkpoint", "finetune", "precision", "quality", "gpu"),
 )
 NEED_MORE = ("checkpoint",)  # than can be had here, unless they are quick
 ROOT = pathlib.Path(__file__).parents[1]
