@@ -119,7 +119,7 @@ def galore_muon(
         ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
         ...     params = optax.apply_updates(params, updates)
         ...     print(f"{loss(params):.0f}")
-        138
+        137
         131
         126
 

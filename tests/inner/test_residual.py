@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import galore_jax
-from galore_jax.inner.residual import column_ratio, limit_norm_growth, outside_of
+from galore_jax.inner.residual import (
+    column_ratio,
+    limit_norm_growth,
+    outside_of,
+    scale_by_column_ratio,
+)
 from galore_jax.matrix.plan import plan
 from galore_jax.projector.project import project
 from tests.problems import normal, params_like
@@ -93,3 +98,12 @@ def test_any_transformation_can_take_the_residual():
         updates, state = jax.jit(tx.update)(grads, state, params)
     assert state.residual_state[0].trace["w"].shape == (3, 8, 12)
     assert isinstance(state.residual_state[0].trace["bias"], optax.MaskedNode)
+
+
+def test_a_column_ratio_may_be_limited():
+    """Of rows that show next to nothing of a gradient nothing follows for the others."""
+    x, ratios = jnp.ones((2, 3)), jnp.array([[0.5, 4.0, 1e9]])
+    for largest, want in ((20.0, [0.5, 4.0, 20.0]), (jnp.inf, [0.5, 4.0, 1e9])):
+        tx = scale_by_column_ratio(largest)
+        out, _ = tx.update(x, tx.init(x), column_ratio=ratios)
+        np.testing.assert_allclose(out, [want] * 2)
