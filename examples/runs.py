@@ -7,8 +7,6 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-import matplotlib.figure
-
 from examples import checkpoints, processes
 from examples import config as config_lib
 from examples.errors import UserError
@@ -185,6 +183,8 @@ def plot_loss(folder: pathlib.Path, title: str, ylabel: str) -> None:
     """Draws training and validation loss over steps into loss.png."""
     rows = read_metrics(folder)
     # A Figure of its own, not pyplot: no global state, no display.
+    import matplotlib.figure  # Most starts draw nothing, and it takes as long as Optax.
+
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="step", ylabel=ylabel, axisbelow=True)
     for key, label, style in (
