@@ -31,6 +31,8 @@ KINDS = {
     "#b8860b": ("GaLore", "GoLore", "optax.contrib.galore"),
     "#cc79a7": ("Fira", "APOLLO"),
     "#6a5acd": ("LoRA", "ReLoRA", "low rank"),
+    "#7f0000": ("Alice",),
+    "#556b2f": ("FOAM", "RACS"),
 }
 GREY = "#a0a0a0"
 
