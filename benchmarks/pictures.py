@@ -32,7 +32,8 @@ KINDS = {
     "#cc79a7": ("Fira", "APOLLO"),
     "#6a5acd": ("LoRA", "ReLoRA", "low rank"),
     "#7f0000": ("Alice",),
-    "#556b2f": ("FOAM", "RACS"),
+    "#556b2f": ("FOAM",),
+    "#008b8b": ("RACS",),
 }
 GREY = "#a0a0a0"
 
