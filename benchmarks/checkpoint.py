@@ -1,4 +1,4 @@
-"""A real checkpoint goes on training by several optimizers: loss, state, peak and time of a step.
+"""A real checkpoint goes on training by several optimizers: loss, state and peak.
 
     python -m benchmarks.checkpoint FOLDER
     python -m benchmarks.checkpoint --quick   # a small one, made here
@@ -14,9 +14,7 @@ Rows of the same settings that the JSON already has are kept.
 import dataclasses
 import json
 import pathlib
-import statistics
 import tempfile
-import time
 
 import jax
 
@@ -61,8 +59,6 @@ def measure(args, folder: pathlib.Path, cache: str) -> None:
     found = known(args.out / "checkpoint.json", result)
     for name in args.rows:
         found[name] = best(name, args, folder, cache)
-        first = found.get("adamw", found[name])
-        found[name]["step_ratio"] = found[name]["step_seconds"] / first["step_seconds"]
         whole = {"command": args.command} | result | {"optimizers": found}
         report.write("checkpoint", whole, out=args.out)
     found = {name: found[name] for name in ROWS if name in found}
@@ -120,17 +116,13 @@ def run(name, rate, args, folder, cache):
     step = training.make_train_step(model_of, tx, schedule, tier=config.tier, clip=config.clip)
     compiled = step.lower(state, next(batches)).compile()
     memory = compiled.memory_analysis()
-    seconds = []
     for _ in range(args.steps):
-        batch, began = next(batches), time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, batch))
-        seconds.append(time.perf_counter() - began)
+        state, _ = compiled(state, next(batches))
     return {
         "loss_before": before,
         "loss_after": training.evaluate(eval_step, state["params"], held_out)["val_loss"],
         "state_mb": steps.nbytes(state["opt_state"]) / 1e6,
         "peak_mb": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e6,
-        "step_seconds": statistics.median(seconds),
     }
 
 

@@ -74,11 +74,11 @@ def checkpoint(found):
         "galore_muon": "`galore_muon`",
         "frugal": "FRUGAL",
     }
-    yield "", "held-out loss", "state, MB", "compiled peak, MB", "step / AdamW's"
+    yield "", "held-out loss", "rate", "state, MB", "compiled peak, MB"
     for name, row in ordered(found["optimizers"], titles):
         sizes = cells(row, ("state_mb", "peak_mb"), ",.0f")
-        ratio = "1" if row.get("step_ratio") == 1 else number(row.get("step_ratio"))
-        yield name, number(row.get("loss_after"), ".3f"), *sizes, ratio
+        loss, rate = number(row.get("loss_after"), ".3f"), number(row.get("rate"), ".0e")
+        yield name, loss, rate, *sizes
 
 
 @of("finetune")
