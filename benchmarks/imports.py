@@ -1,6 +1,8 @@
 """What `import galore_jax` takes over `import optax`, which it needs: time of a new process.
 
-python -m benchmarks.imports
+    python -m benchmarks.imports
+
+Each statement runs in turn with the other; figures are medians.
 """
 
 import resource

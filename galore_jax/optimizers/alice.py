@@ -19,14 +19,12 @@ from galore_jax.matrix.plan import check_rank, rank_of
 from galore_jax.meshes import auto_mesh
 from galore_jax.optimizers.matrices import beside_adam, over_matrices
 from galore_jax.optimizers.wrap import in_float32
-from galore_jax.projector.basis import align_signs
+from galore_jax.projector.basis import align_signs, dot
 from galore_jax.projector.project import contract
 from galore_jax.projector.shares import each_its_share
 from galore_jax.settings import Settings, check_gap
 
 _TINY = 1e-30  # mean squares below it count as none
-
-_dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class ScaleByAliceState(NamedTuple):
@@ -204,10 +202,10 @@ def _switch(g, basis, gram, count, b3, leading: float) -> jax.Array:
     # give the same together and one by one.
     sketch, draw = jax.random.split(jax.random.fold_in(jax.random.key(0), count))
     start = jnp.where(jnp.any(basis), basis, jax.random.normal(sketch, basis.shape, basis.dtype))
-    second = b3 * _dot(basis, _dot(gram, basis.T)) + (1 - b3) * _dot(g, g.T)
-    q = jnp.linalg.qr(_dot(second, start))[0]
-    vectors, _ = jax.lax.linalg.eigh(_dot(q.T, _dot(second, q)), symmetrize_input=True)
-    found = _dot(q, vectors[:, ::-1])
+    second = b3 * dot(basis, dot(gram, basis.T)) + (1 - b3) * dot(g, g.T)
+    q = jnp.linalg.qr(dot(second, start))[0]
+    vectors, _ = jax.lax.linalg.eigh(dot(q.T, dot(second, q)), symmetrize_input=True)
+    found = dot(q, vectors[:, ::-1])
     complement = jnp.linalg.qr(found, mode="complete")[0][:, r:]
     if k - r < r - kept:  # too small a complement for all that are to be drawn
         complement = jnp.concatenate([complement, found[:, kept:]], axis=1)

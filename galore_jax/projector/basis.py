@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 # A thunk, so that methods that need no key do not pay for hashing one.
 Key = Callable[[], jax.Array]
@@ -48,7 +48,7 @@ def svd(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Array:
     del previous, key
     u = jnp.linalg.svd(a, full_matrices=False)[0][:, :rank]
     # A GPU's Jacobi method leaves columns 1e-4 off; a Newton-Schulz step squares that.
-    return u + _dot(u, (jnp.eye(rank, dtype=u.dtype) - _dot(u.T, u)) / 2)
+    return u + dot(u, (jnp.eye(rank, dtype=u.dtype) - dot(u.T, u)) / 2)
 
 
 def eigh(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Array:
@@ -74,11 +74,11 @@ def _randomized(a: jax.Array, rank: int) -> jax.Array:
         sketched = min(rank + max(16, rank // 4), size)
         # The same sketch for every matrix: it only has to be independent of the gradient, and
         # stacked layers then give what separate ones do.
-        y = _dot(gram, jax.random.normal(jax.random.key(0), (size, sketched), gram.dtype))
+        y = dot(gram, jax.random.normal(jax.random.key(0), (size, sketched), gram.dtype))
         for _ in range(2):
-            y = _dot(gram, _dot(gram, _orthonormal(y)))
+            y = dot(gram, dot(gram, _orthonormal(y)))
         q = _orthonormal(y)
-        return _dot(q, _leading(_dot(q.T, _dot(gram, q)), rank))
+        return dot(q, _leading(dot(q.T, dot(gram, q)), rank))
 
     return _from_gram(a, leading)
 
@@ -98,7 +98,7 @@ def _(rank, primals, tangents):
 def subspace(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Array:
     """One block power iteration from the previous basis: cheap, and aligned with it."""
     del rank, key
-    return _orthonormal(_dot(a, _dot(a.T, previous)))
+    return _orthonormal(dot(a, dot(a.T, previous)))
 
 
 def random(a: jax.Array, rank: int, previous: jax.Array, key: Key) -> jax.Array:
@@ -167,10 +167,10 @@ def at_step(methods: Methods, step: Any) -> Method:
 
 def _from_gram(a: jax.Array, leading: Callable[[jax.Array], jax.Array]) -> jax.Array:
     if a.shape[0] <= a.shape[1]:
-        return leading(_dot(a, a.T))
+        return leading(dot(a, a.T))
     # a^T a = V L V^T gives U = a V L^-1/2. QR does the scaling, and stays orthonormal where
     # the gradient's rank is below r and L is zero.
-    return _orthonormal(_dot(a, leading(_dot(a.T, a))))
+    return _orthonormal(dot(a, leading(dot(a.T, a))))
 
 
 def _leading(gram: jax.Array, rank: int) -> jax.Array:

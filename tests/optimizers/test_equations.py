@@ -446,6 +446,22 @@ def test_alice_and_gradients_that_show_nothing():
     np.testing.assert_array_equal(after.basis, state.basis)
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (2, 6, 6)])
+@pytest.mark.parametrize("rank", [5, 6, 20])
+def test_alice_where_the_complement_is_small_or_none(shape, rank):
+    """What cannot be drawn from it is taken from the directions that are not leading ones."""
+    tx = galore_jax.scale_by_alice(rank, update_proj_gap=1, leading=0.2)
+    state = tx.init(jnp.zeros(shape))
+    for step in range(2):
+        out, state = tx.update(jnp.asarray(normal(step, *shape)), state)
+    r = min(rank, 6)
+    basis = np.asarray(state.basis)
+    assert out.shape == shape and basis.shape[-2:] == (6, r)
+    assert np.any(state.limit.norm) == (r < 6)
+    products = np.swapaxes(basis, -1, -2) @ basis
+    np.testing.assert_allclose(products, np.broadcast_to(np.eye(r), products.shape), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
