@@ -5,8 +5,8 @@
 
 FOLDER holds a Hugging Face checkpoint with its tokenizer; results/checkpoint.json is of
 SmolLM2-135M-Instruct. Each optimizer takes the same few steps on the source of Python's standard
-library, from the same weights, at three rates a factor of two apart; the row is of the best one.
-The loss is that of held-out text before and after.
+library, from the same weights, at rates a factor of two apart, three or more until the best is
+between two others; the row is of the best one. The loss is that of held-out text before and after.
 
 Rows of the same settings that the JSON already has are kept.
 """
@@ -18,11 +18,11 @@ import tempfile
 
 import jax
 
-from benchmarks import report, steps
+from benchmarks import quality, report, steps
 from examples import command_line, data, hf, llama, pretrain, training
 from examples import tokenizer as bpe
 
-# --optimizer, the tier, and the rate in the middle.
+# --optimizer, the tier, and the rate that is tried first.
 ROWS = {
     "adamw": ("adamw", "full", 5e-5),
     "muon": ("muon", "full", 4e-4),
@@ -31,7 +31,7 @@ ROWS = {
     "galore_muon": ("galore_muon", "full", 4e-4),
     "frugal": ("frugal", "full", 1e-4),
 }
-FACTORS = (0.5, 1, 2)
+REACH = 4  # how many factors of two a rate may be from the first
 FLAGS = {"--batch-size": 4, "--seq-len": 128, "--warmup": 3, "--clip": 1.0}
 GALORE = {"--rank": 0.25, "--update-proj-gap": 10}
 
@@ -54,7 +54,7 @@ def measure(args, folder: pathlib.Path, cache: str) -> None:
     result = {
         "model": folder.name,
         "flags": FLAGS | GALORE | {"--steps": args.steps},
-        "rate_factors": list(FACTORS),
+        "reach": REACH,
     }
     found = known(args.out / "checkpoint.json", result)
     for name in args.rows:
@@ -83,12 +83,16 @@ def small_checkpoint(folder: pathlib.Path) -> pathlib.Path:
 
 def best(name, args, folder, cache):
     """The figures of the best rate, with the losses of all."""
-    rates = [factor * ROWS[name][2] for factor in FACTORS]
-    found = {rate: run(name, rate, args, folder, cache) for rate in rates}
-    rate = min(found, key=lambda r: found[r]["loss_after"])
-    losses = {f"{r:.3g}": row["loss_after"] for r, row in found.items()}
-    print(f"{name}: {losses}", flush=True)
-    return {"rate": rate} | found[rate] | {"losses": losses}
+    rows = {}
+
+    def loss_at(rate):
+        rows[rate] = run(name, rate, args, folder, cache)
+        print(f"{name}, {rate:.3g}: {rows[rate]['loss_after']:.4f}", flush=True)
+        return rows[rate]["loss_after"]
+
+    losses = quality.tune(loss_at, ROWS[name][2], REACH)
+    rate = min(losses, key=lambda r: losses[r])
+    return {"rate": rate} | rows[rate] | {"losses": {f"{r:.3g}": x for r, x in losses.items()}}
 
 
 def run(name, rate, args, folder, cache):

@@ -10,12 +10,14 @@ scratch. `growth` is what 2048 tokens cost more, over the bytes of the block inp
 
 The second compiles the step of `examples.pretrain --model 7b --recipe 24gb`, 16gb and 12gb, the
 refresh in the program, for the GPU that an XLA target config describes, with `jax-cuda13-plugin`
-installed and no GPU present. Counted is what the compiler plans: no CUDA context, fragmentation or
-solver workspace.
+installed and no GPU present; and that of `--init-from` with checkpoints that people have, by their
+config.json. Counted is what the compiler plans: no CUDA context, fragmentation or solver workspace.
 """
 
 import dataclasses
+import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -65,6 +67,45 @@ TARGETS = {
 # GiB of an RTX 4090 for a step of `--model 7b --recipe ...` with one sequence of 256 tokens, and of
 # 2048: the refresh of the projectors is in the program.
 CARD_TARGETS = {"24gb": (19.0, 20.5), "16gb": (14.75, 15.45), "12gb": (9.9, 10.6)}
+
+
+def _sizes(
+    kind: str,
+    vocabulary: int,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    tied: bool = False,
+) -> dict[str, Any]:
+    """What config.json says of a model whose heads are 128 wide."""
+    return {
+        "model_type": kind,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
+
+
+CHECKPOINTS = {
+    "Qwen3-1.7B": _sizes("qwen3", 151936, 2048, 6144, 28, 16, 8, tied=True),
+    "Llama-3.2-3B": _sizes("llama", 128256, 3072, 8192, 28, 24, 8, tied=True),
+    "Qwen3-4B": _sizes("qwen3", 151936, 2560, 9728, 36, 32, 8, tied=True),
+    "Mistral-7B": _sizes("mistral", 32768, 4096, 14336, 32, 32, 8),
+    "Qwen2.5-7B": _sizes("qwen2", 152064, 3584, 18944, 28, 28, 4),
+    "Llama-3.1-8B": _sizes("llama", 128256, 4096, 14336, 32, 32, 8),
+    "Qwen3-8B": _sizes("qwen3", 151936, 4096, 12288, 36, 32, 8),
+}
 
 
 def program(problem, tier, tx, length, refresh=False):
@@ -149,20 +190,38 @@ def gpu_sharding(config: pathlib.Path) -> NamedSharding:
 
 
 def card_figures(name: str, sharding: NamedSharding) -> dict[str, Any]:
-    """Bytes of the command's own step by recipe and length, compiled for a GPU, and their parts."""
+    """GiB of the command's own step by recipe and length, compiled for a GPU, and their parts."""
     found: dict[str, Any] = {}
     for card, targets in CARD_TARGETS.items():
         for length, target in zip((LENGTH, LONG), targets, strict=True):
-            flags = ["--model", name, "--recipe", card, "--seq-len", str(length)]
-            state, step, tokens = command_step([*flags, "--run-dir", "none"])
-            arguments = steps.placed((state, tokens), sharding)
-            parts = steps.memory(step.lower(*arguments).compile())
-            parts |= {k: steps.nbytes(v) for k, v in state.items() if k in ("params", "opt_state")}
-            row = {k: v / GIB for k, v in parts.items()}
+            row = card_step(["--model", name, "--recipe", card, "--seq-len", str(length)], sharding)
             found[f"{card}, 1x{length}"] = row | ({"target": target} if name == "7b" else {})
-            sizes = ", ".join(f"{k} {v:.2f}" for k, v in row.items())
-            print(f"{name}, {card}, 1x{length}: GiB {sizes}; target {target}", flush=True)
+            print_card(name, f"{card}, 1x{length}", row)
     return found
+
+
+def checkpoint_figures(name: str, sharding: NamedSharding) -> dict[str, Any]:
+    """The same of a checkpoint, at the length that the command has for it."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(CHECKPOINTS[name]))
+        for card in CARD_TARGETS:
+            found[card] = card_step(["--init-from", folder, "--recipe", card], sharding)
+            print_card(name, card, found[card])
+    return found
+
+
+def card_step(flags: list[str], sharding: NamedSharding) -> dict[str, float]:
+    """GiB of the command's step, compiled, and their parts."""
+    state, step, tokens = command_step([*flags, "--run-dir", "none"])
+    parts = steps.memory(step.lower(*steps.placed((state, tokens), sharding)).compile())
+    parts |= {k: steps.nbytes(v) for k, v in state.items() if k in ("params", "opt_state")}
+    return {k: v / GIB for k, v in parts.items()}
+
+
+def print_card(name: str, what: str, row: dict[str, float]) -> None:
+    sizes = ", ".join(f"{k} {v:.2f}" for k, v in row.items())
+    print(f"{name}, {what}: GiB {sizes}", flush=True)
 
 
 def command_step(flags: list[str]) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
@@ -180,7 +239,7 @@ def command_step(flags: list[str]) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
 
 def main(argv=None):
     parser = report.parser(__doc__)
-    parser.add_argument("--models", nargs="+", help="default: all; for a GPU, 7b")
+    parser.add_argument("--models", nargs="+", help="default: all; for a GPU, 7b and checkpoints")
     parser.add_argument(
         "--target-config", type=pathlib.Path, help="XLA's description of a GPU, as protobuf text"
     )
@@ -195,9 +254,10 @@ def main(argv=None):
         report.write("memory", result | {"models": figures}, out=args.out)
     else:
         sharding = gpu_sharding(args.target_config)
-        for name in args.models or ["7b"]:
-            figures[name] = card_figures(name, sharding)
         target = args.target_config
+        for name in args.models or ["7b", *CHECKPOINTS]:
+            of = checkpoint_figures if name in CHECKPOINTS else card_figures
+            figures[name] = of(name, sharding)
         result = {
             "command": args.command,
             "device": target.stem,

@@ -36,6 +36,7 @@ def all_optimizers(rows: Collection[str] = ()) -> dict[str, optax.GradientTransf
         "foam": galore_jax.foam(RATE, **matrices),
         "racs": galore_jax.racs(RATE, **matrices),
         "galore_adamw": galore_jax.galore_adamw(RATE, **options),
+        "frugal": optimizers.frugal(RATE, weight_decay=0.1, scale=1.0, moments="reset", **options),
     }
     return {n: tx for n, tx in found.items() if not rows or n in {ADAMW, MUON, *rows}}
 

@@ -5,7 +5,8 @@
     python -m benchmarks.quality --gpu      # LLaMA-60M, 1,000 steps of 131,072 tokens
     python -m benchmarks.quality --text man # the same rates on a text that none was picked on
     python -m benchmarks.quality --large    # the same rates, 8 times the weights, 200 steps
-    python -m benchmarks.quality --batch    # the same rates, 16 times the batch, 100 steps
+    python -m benchmarks.quality --batch4   # the same rates, 4 times the batch, 250 steps
+    python -m benchmarks.quality --batch16  # the same rates, 16 times the batch, 100 steps
 
 Every method trains the LLaMA of `examples.pretrain` on the source of the Python standard library
 with the same first weights and the same batches, seed by seed. The methods differ in what they
@@ -140,7 +141,10 @@ BUDGETS = {
         ("--model", "small", *_TINY[2:], "--seq-len", "128", "--batch-size", "8", *_SHORT_TESTS,
          "128"), steps=200, **_FEW,
     ),
-    "batch": Budget(
+    "batch4": Budget(
+        (*_TINY, "--seq-len", "128", "--batch-size", "32", *_SHORT_TESTS, "32"), steps=250, **_FEW,
+    ),
+    "batch16": Budget(
         (*_TINY, "--seq-len", "128", "--batch-size", "128", *_SHORT_TESTS, "8"), steps=100, **_FEW,
     ),
     "gpu": Budget(
@@ -413,7 +417,7 @@ def show(table: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     budgets = parser.add_mutually_exclusive_group()
-    for scale in ("large", "batch", "gpu"):
+    for scale in ("large", "batch4", "batch16", "gpu"):
         budgets.add_argument(f"--{scale}", action="store_const", const=scale, dest="budget")
     parser.set_defaults(budget="cpu")
     parser.add_argument("--text", default=STDLIB, help=f"{STDLIB}, {MAN}, or a file or folder")

@@ -10,14 +10,14 @@ NOT_MEASURED = "not measured"
 GIB = 2**30
 
 Rows = Iterable[Sequence[str]]  # the head is the first
-TABLES: dict[str, tuple[str, Callable[[Any], Rows]]] = {}  # by name: the JSON, and its rows
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., Rows]]] = {}  # by name: JSONs, and rows
 
 
-def of(file: str, name: str | None = None) -> Callable:
-    """Of which JSON a function makes the table of its name, or of another."""
+def of(*files: str, name: str | None = None) -> Callable:
+    """Of which JSONs a function makes the table of its name, or of another."""
 
-    def named(function: Callable[[Any], Rows]) -> Callable[[Any], Rows]:
-        TABLES[name or function.__name__] = file, function
+    def named(function: Callable[..., Rows]) -> Callable[..., Rows]:
+        TABLES[name or function.__name__] = files, function
         return function
 
     return named
@@ -282,8 +282,9 @@ def quality(found):
 
 
 @of("quality_man")
-@of("quality_batch", "quality_batch")
-@of("quality_large", "quality_large")
+@of("quality_batch4", name="quality_batch4")
+@of("quality_batch16", name="quality_batch16")
+@of("quality_large", name="quality_large")
 def quality_man(found):
     titles = {name: re.sub(", T = .*", "", shown) for name, shown in QUALITY.items()}
     titles |= {"galore_muon, int8, rank 0.5": f"**`galore_muon`, {INT8}, `rank=0.5`**"}
@@ -306,12 +307,39 @@ def muon(found):
         "foam": "`foam`",
         "racs": "`racs`",
         "galore_adamw": "`galore_adamw`",
+        "frugal": "FRUGAL",
     }
     parts = found["rows"]
     yield "over AdamW's", *("update alone" if p == "optimizer" else f"step of {p}" for p in parts)
     for name in (name for name in titles if any(name in part for part in parts.values())):
         ratios = [part.get(name, {}).get("over_adamw") for part in parts.values()]
         yield titles[name], *("1" if x == 1 else number(x, ".3g") for x in ratios)
+
+
+@of("quality", "quality_man", "muon")
+def glance(first, second, steps):
+    """The best of each kind, in all that tells."""
+    shown = {
+        "`optax.adamw`": ("AdamW", "optax.adamw"),
+        "`optax.contrib.muon`": ("Muon", "optax.contrib.muon"),
+        "`muon8bit`": ("8-bit Muon", "muon8bit"),
+        "**`galore_muon`**, 8 bits": ("galore_muon, int8, rank 0.5", "galore_muon, int8"),
+        "**FRUGAL**": ("FRUGAL", "frugal"),
+        "`racs`": ("RACS", "racs"),
+        "GaLore": ("GaLore", "galore_adamw"),
+    }
+    lengths = ("512 tokens", "2048 tokens", "8192 tokens")
+    yield "", "perplexity", "on another text", "state, MB", *(f"step of {n}" for n in lengths)
+    for title, (method, optimizer) in shown.items():
+        row = first["methods"][method]
+        other = second["methods"].get(method, {})
+        ratios = [steps["rows"].get(n, {}).get(optimizer, {}).get("over_adamw") for n in lengths]
+        yield (
+            title,
+            *(number(x.get("perplexity")) for x in (row, other)),
+            number(row["state_of_kernels"], unit=1e6),
+            *(number(x) for x in ratios),
+        )
 
 
 @of("layouts")

@@ -30,8 +30,8 @@ def markdown(name: str, results: pathlib.Path = RESULTS) -> str:
     """A table, from its JSON."""
     if name not in TABLES:
         raise ValueError(f"table {name!r} is unknown: there are {', '.join(TABLES)}")
-    file, rows = TABLES[name]
-    head, *body = rows(json.loads((results / f"{file}.json").read_text()))
+    files, rows = TABLES[name]
+    head, *body = rows(*(json.loads((results / f"{file}.json").read_text()) for file in files))
     lines = [head, ["---"] * len(head), *body]
     text = ("| " + " | ".join(line) + " |" for line in lines)
     return "".join(line.replace("|  ", "| ").replace("| --- ", "|---") + "\n" for line in text)

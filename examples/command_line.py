@@ -143,7 +143,12 @@ def _check_taken(config: Config) -> None:
         return ("method" if name == "random_from" else name) in optimizer.options
 
     recipe = config_lib.from_recipe(
-        config.model, config.optimizer, config.steps, config.batch_size, config.recipe
+        config.model,
+        config.optimizer,
+        config.steps,
+        config.batch_size,
+        config.recipe,
+        vocab_size=config.vocab_size,
     )
     for name in (*optimizers.GALORE, "random_from", "weight_decay"):
         value = getattr(config, name)
@@ -177,9 +182,12 @@ def defaults(args: Sequence[str]) -> Config:
         return int(text) if text and text.isdigit() else None
 
     size = hf.read_config(known.init_from).vocab_size if known.init_from else None
+    usual = "checkpoint" if known.init_from else "tiny"
+    if known.model == "checkpoint" and size is None:
+        raise UserError("--model checkpoint: give the checkpoint's folder, --init-from FOLDER.")
     # What is no model, or no number, tyro explains when it reads the whole line.
     return config_lib.from_recipe(
-        known.model if known.model in llama.CONFIGS else "tiny",
+        known.model if known.model in llama.RECIPES else usual,
         known.optimizer if known.optimizer in optimizers.OPTIMIZERS else None,
         number(known.steps),
         number(known.batch_size),

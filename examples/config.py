@@ -12,7 +12,7 @@ from examples import llama, optimizers, training
 from examples.errors import UserError
 from examples.files import write_atomically
 
-# What makes a 7B model fit on a card of so many GB, with one sequence at a time: layer by layer,
+# What makes 7B weights fit on a card of so many GB, with one sequence at a time: layer by layer,
 # without the second backward pass of --clip. Measured by benchmarks/memory.py.
 CARDS: dict[str, dict[str, Any]] = {
     "24gb": {"optimizer": "galore_adamw8bit", "projector_dtype": "int8", "param_dtype": "bfloat16"},
@@ -32,14 +32,15 @@ Dtype = Literal["float32", "bfloat16"]
 class Model:
     """What is trained."""
 
-    model: Literal[tuple(llama.CONFIGS)]  # type: ignore[valid-type]
-    """Size of the LLaMA. All but `tiny` and `small` are the paper's and want an accelerator."""
+    model: Literal[tuple(llama.RECIPES)]  # type: ignore[valid-type]
+    """Size of the LLaMA, and how it is trained. All but `tiny` and `small` are the paper's and want
+    an accelerator; `checkpoint` is how that of --init-from is."""
     init_from: str | None = None
     """Folder of a Hugging Face checkpoint to continue: shape, weights and tokenizer are its own,
-    the recipe is still --model's, so give --lr and --seq-len. A run resumes while it is there."""
+    and --model is `checkpoint` if it is not given. A run resumes while it is there."""
     recipe: Literal[tuple(CARDS)] | None = None  # type: ignore[valid-type]
-    """What --model 7b takes to fit on a card of so much memory: optimizer, number formats, tier and
-    batch, each of which another flag may change."""
+    """What --model 7b, or an --init-from, takes to fit on a card of so much memory: optimizer,
+    number formats, tier and batch, each of which another flag may change."""
     optimizer: Literal[tuple(optimizers.OPTIMIZERS)]  # type: ignore[valid-type]
     """Optimizer: GaLore's, its family (fira, frugal, apollo, apollo_mini, ldadam, alice, scale_sgd,
     foam, racs), or a full-rank counterpart."""
@@ -233,13 +234,13 @@ def from_recipe(
     """The recipe of a model, with what depends on the number of steps scaled to it.
 
     Args:
-        model: a key of `llama.CONFIGS`.
+        model: a key of `llama.RECIPES`.
         optimizer: a key of `optimizers.OPTIMIZERS`, by default the card's, or galore_adamw; it sets
             the learning rate.
         steps: optimizer steps, the recipe's by default.
         batch_size: sequences a step, the recipe's by default.
         card: a key of `CARDS`, whose settings come before the model's.
-        **changes: any other field.
+        **changes: any other field; `vocab_size` where the model is a checkpoint.
     """
     recipe = llama.RECIPES[model]
     on_card = {} if card is None else {**_ON_A_CARD, **CARDS[card], "recipe": card}
@@ -249,7 +250,6 @@ def from_recipe(
     steps = recipe.steps if steps is None else steps
     name = f"{model}-{optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = {
-        "vocab_size": llama.CONFIGS[model].vocab_size,
         "seq_len": recipe.seq_len,
         "batch_size": recipe.batch_size if batch_size is None else batch_size,
         "accumulate": recipe.accumulate if batch_size is None else 1,
@@ -263,6 +263,8 @@ def from_recipe(
         "eval_every": min(1000, -(-steps // 8)),
         "save_every": min(1000, -(-steps // 4)),
     }
+    if model in llama.CONFIGS:
+        settings["vocab_size"] = llama.CONFIGS[model].vocab_size
     settings |= on_card | changes | {"model": model, "optimizer": optimizer, "steps": steps}
     few_bits = ("int8",) if card is None else ("int8", "bfloat16")
     settings.setdefault("stochastic_rounding", settings.get("param_dtype") in few_bits)

@@ -34,9 +34,9 @@ __all__ = ["CONFIGS", "RECIPES", "Llama", "LlamaConfig", "create", "from_graph",
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a size is pre-trained with GaLore. A step sees batch_size * seq_len tokens."""
+    """How a size is trained with GaLore. A step sees batch_size * seq_len tokens."""
 
-    rank: int
+    rank: int | float
     steps: int
     warmup: int
     accumulate: int  # Microbatches a step on one accelerator, from the paper's scripts.
@@ -60,7 +60,8 @@ CONFIGS = {
 }
 
 # Table 2 and the scripts of the paper. For 1b they differ (512 and 1024): this is the table.
-# `tiny` and `small` are ours: the first learns in two minutes on two CPU cores.
+# `tiny` and `small` are ours: the first learns in two minutes on two CPU cores. `checkpoint` is for
+# weights that were trained before, of any size, by steps a fiftieth as long.
 RECIPES = {
     "tiny": Recipe(32, 600, 60, 1, update_proj_gap=50, clip=1.0, batch_size=8, seq_len=128),
     "small": Recipe(64, 600, 60, 1, update_proj_gap=50, clip=1.0, batch_size=8, seq_len=128),
@@ -69,6 +70,9 @@ RECIPES = {
     "350m": Recipe(256, 60_000, 6_000, 4),
     "1b": Recipe(512, 100_000, 10_000, 32),
     "7b": Recipe(1024, 150_000, 15_000, 64, learning_rate=0.005, update_proj_gap=500, clip=1.0),
+    "checkpoint": Recipe(
+        0.25, 1_000, 100, 1, learning_rate=2e-4, clip=1.0, batch_size=8, seq_len=512
+    ),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +31,6 @@ def mark(around: Callable[[optax.GradientTransformation], Any]) -> Mark:
     return made
 
 
-@functools.wraps(_optax_chain)
 def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Chain transformations; after a bare `galore(...)`, run them inside the subspace.
 

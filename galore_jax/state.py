@@ -20,17 +20,24 @@ from galore_jax.settings import Settings
 
 
 class GaLoreState(NamedTuple):
-    """State of `galore`: a struct of trees of plain arrays."""
+    """State of `galore`: a struct of trees of plain arrays.
 
-    count: jax.typing.ArrayLike  # shape=(), dtype=int32: updates so far
-    # Bases, batch + (m, r) or (n, r); MaskedNode where unprojected. Quantised: an `Encoded`,
-    # one tree of codes and one of scales. EmptyState where they are drawn anew at each step.
+    Attributes:
+        count: int32 (): updates so far.
+        projector: bases, batch + (m, r) or (n, r), `MaskedNode` where unprojected. Quantised: one
+            tree of codes and one of scales. Indices, batch + (r,), of `method="coordinates"`.
+            `EmptyState` where they are drawn anew at each step.
+        refreshed: int32, batch: the step of the last refresh, -1 before the first.
+        inner_state: of the inner optimizer, over low-rank arrays.
+        residual_state: of `residual`, over the matrices outside the subspace.
+        turns_between: with `refresh="lazy"`, int32, batch: turns from a refresh to the next.
+    """
+
+    count: jax.typing.ArrayLike
     projector: optax.Params
-    refreshed: optax.Params  # int32, batch: the step of the last refresh, -1 before the first
-    inner_state: optax.OptState  # of the inner optimizer, over low-rank arrays
-    # Of `residual`, over the matrices outside the subspace.
+    refreshed: optax.Params
+    inner_state: optax.OptState
     residual_state: optax.OptState = optax.EmptyState()
-    # refresh="lazy": int32, batch: turns from a refresh to the next
     turns_between: optax.Params = optax.EmptyState()
 
 

@@ -15,8 +15,7 @@ import optax
 from galore_jax.matrix.trees import Sites
 from galore_jax.matrix.view import MatrixView
 from galore_jax.precision import wide
-from galore_jax.projector.project import lift, project
-from galore_jax.projector.storage import Stored
+from galore_jax.projector.project import outside
 
 _TINY = 1e-12  # norms below it count as none
 
@@ -49,11 +48,11 @@ def update_outside(
     Returns:
         By leaf an update of its shape; the next state.
     """
-    outside = where.only(outside_of(view, p, g, low) for view, p, g, low, _ in rows)
+    rest = where.only(outside(view, p, g, low) for view, p, g, low, _ in rows)
     ratios = where.only(column_ratio(view, new, low) for view, _, _, low, new in rows)
     weights = None if params is None else _matrices(where, params)
     out, state = optax.with_extra_args_support(residual).update(
-        outside, state, weights, column_ratio=ratios, **extra_args
+        rest, state, weights, column_ratio=ratios, **extra_args
     )
     return [v.from_matrix(x) for v, x in zip(where.views, where.pick(out), strict=True)], state
 
@@ -61,15 +60,6 @@ def update_outside(
 def _matrices(where: Sites, params: optax.Params) -> optax.Params:
     pairs = zip(where.views, where.pick(params), strict=True)
     return where.only(wide(view.to_matrix(w)) for view, w in pairs)
-
-
-def outside_of(
-    view: MatrixView, p: Stored, g: jax.Array, low_rank: jax.Array | None = None
-) -> jax.Array:
-    """`G - P P^T G` of a gradient of the leaf's shape, as matrices; `low_rank` is its P^T G."""
-    if low_rank is None:
-        low_rank = project(view, p, g)
-    return view.to_matrix(g.astype(view.dtype) - lift(view, p, low_rank))
 
 
 def column_ratio(view: MatrixView, new: Any, old: Any) -> jax.Array:

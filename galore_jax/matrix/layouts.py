@@ -26,6 +26,7 @@ LARGE = 2**16
 # What has a number for each feature, however many axes layers and heads add.
 _VECTOR = re.compile(r"(?i)^(b|g|gamma|beta|offset|.*(bias(es)?|scale|norm)(_?\d+)?|ln(_.*)?)$")
 _NORM = re.compile(r"(?i)^(.*norm(alization)?(_?\d+)?|ln(_.*)?)$")
+_BESIDE = re.compile(r"(?i)embed|wte|wpe|vocab|head")
 _TABLE = re.compile(r"(?i)embedding(_?table)?$")
 # Between the width of a model and heads of attention.
 _ATTENTION = re.compile(
@@ -217,7 +218,8 @@ def _shared(leaves: Sequence[_Leaf]) -> int | None:
     if not told or not any(len(x.axes) > 2 for x in kernels):
         return None
     for place in (0, 1):
-        if all(len(x.axes) > max(place, 1) for x in there) and (
+        # The second of the two axes of an embedding beside the blocks is a model's width.
+        if all(len(x.axes) > 1 + (place and bool(_BESIDE.search(x.keys[-1]))) for x in there) and (
             len({x.shape[x.axes[place]] for x in there}) == 1
         ):
             return place

@@ -159,7 +159,9 @@ def galore_adafactor(
         U &= R / \sqrt{v}, \quad U \leftarrow U / \max(1, \mathrm{rms}(U) / d) \\
         W &\leftarrow W - \mathrm{scale} \cdot P\, (\eta \max(10^{-3}, \mathrm{rms}(W))\, U)
 
-    The arguments are those of `optax.adafactor`; a block is a matrix, the last two axes.
+    The arguments are those of `optax.adafactor`, with a smaller `min_dim_size_to_factor`, and those
+    of `galore`, whose scale multiplies on top; a block is a matrix, the last two axes. Momentum and
+    decay, which the equation leaves out, are as there.
 
     Args:
         learning_rate: eta, a number, a schedule or None for 1. Relative to the weights' root

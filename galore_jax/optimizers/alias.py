@@ -225,7 +225,7 @@ def adamw8bit(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW with moments in 8 bits: two bytes and a 64th of state a weight, instead of eight.
+    r"""AdamW with moments in 8 bits: two bytes and a 32nd of state a weight, instead of eight.
 
     With u from `scale_by_adam8bit`, :math:`W \leftarrow W - \eta\,(u + \lambda W)`. Defaults are
     those of `optax.adamw`.

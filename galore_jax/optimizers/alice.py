@@ -250,7 +250,7 @@ def alice(
         b2: decay rate of the second moment.
         b3: decay rate of what the subspace is tracked by; 0 for Alice-0.
         eps: added to the root of the second moment.
-        weight_decay: lambda, decoupled.
+        weight_decay: lambda, decoupled, of all leaves.
         mask: tree of bools, or callable giving one: which leaves decay.
         rank: r, an int or a share of a matrix's smaller side.
         update_proj_gap: T, steps from one exchange to the next.

@@ -132,19 +132,20 @@ def foam(
     .. math:: W \leftarrow W - \eta\,(\alpha\, U + \lambda W)
 
     where the norm of U grows by no more than gamma from step to step. Of a matrix it keeps
-    :math:`2 m n / 2^l` numbers and the norm. Leaves that are no matrices take AdamW steps.
+    :math:`2 m n / 2^l` numbers and the norm. Other leaves, and those that `exclude` names,
+    take AdamW steps.
 
     Args:
         learning_rate: eta, a number or a schedule. As AdamW's.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added to the root of the second moment.
-        weight_decay: lambda, decoupled.
+        weight_decay: lambda, decoupled, of all leaves.
         mask: tree of bools, or callable giving one: which leaves decay.
         level: l, moments of :math:`2^l` entries are one: FOAM-2 by default.
         scale: alpha, on matrices alone.
         gamma: largest growth of an update's norm in a step.
-        adam_learning_rate: of the leaves that are no matrices, by default `learning_rate`.
+        adam_learning_rate: of the leaves that take AdamW steps, by default `learning_rate`.
         exclude: see `galore`.
         weight_dimension_numbers: see `galore`.
 

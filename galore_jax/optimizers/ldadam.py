@@ -16,11 +16,10 @@ import optax
 from galore_jax import checks
 from galore_jax.boundary import transformation
 from galore_jax.call import Call
-from galore_jax.inner.residual import outside_of
 from galore_jax.matrix.plan import sites
 from galore_jax.optimizers.wrap import with_rate
 from galore_jax.precision import debias
-from galore_jax.projector.project import lift
+from galore_jax.projector.project import lift, outside
 from galore_jax.settings import GaLoreOptions, Settings, takes
 from galore_jax.state import Asked
 from galore_jax.transform import galore
@@ -127,7 +126,7 @@ def scale_by_ldadam(
             **extra_args,
         )
         new = zip(views, where.pick(galore_state.projector), whole, momentum, strict=True)
-        error = [v.from_matrix(outside_of(v, p, a + b1 / (1 - b1) * m)) for v, p, a, m in new]
+        error = [v.from_matrix(outside(v, p, a + b1 / (1 - b1) * m)) for v, p, a, m in new]
         if params is None:
             out = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), out, updates)
         return out, LDAdamState(galore_state, where.only(error))

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2509.23106.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,11 @@ import optax
 
 from galore_jax import quantize
 from galore_jax.boundary import transformation
+from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.blockwise import MIN_SIZE, check_state
+from galore_jax.optimizers.wrap import in_float32
 from galore_jax.quantize import DYNAMIC
+from galore_jax.settings import Settings
 
 
 class Muon8bitState(NamedTuple):
@@ -26,34 +30,45 @@ class Muon8bitState(NamedTuple):
 
 
 def muon8bit(
-    learning_rate: optax.ScalarOrSchedule, **options: Any
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_dimension_numbers: Any = None,
+    exclude: str | None = Settings.exclude,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`optax.contrib.muon` with its momentum in 8 bits.
 
     .. math::
-        M = \beta D(M_8) + (1 - \beta) G, \quad W \leftarrow W - \eta\,\mathrm{NS}(M), \quad
-        M_8 = E(M)
+        M &= \beta D(M_8) + (1 - \beta) G, \quad M_8 \leftarrow E(M) \\
+        W &\leftarrow W - \eta \left(s\, \mathrm{NS}(\beta \hat M + (1 - \beta) \hat G) +
+        \lambda W\right)
 
     where E and D are `quantize.encode` and `decode` with bitsandbytes' signed dynamic map, in
     blocks of up to 256 numbers along the longer of the last two axes. Everything else is Optax's:
-    which leaves Muon is for, Newton-Schulz, the scale for a matrix's shape, and AdamW, in float32,
-    for the other leaves. The momentum takes 1.02 bytes a number, which is what `galore_muon` takes
-    at a rank of a quarter of the width.
+    bias correction, Nesterov momentum, Newton-Schulz, the scale s for a matrix's shape, decay, and
+    AdamW for the other leaves. The momentum takes 1.02 bytes a number.
 
-    Momentum of fewer than 4096 numbers stays in float32. Where it is not finite it is kept as zero.
+    Arithmetic and what is not in codes are float32 at least, whatever the weights are. Momentum of
+    fewer than 4096 numbers has no codes. Where it is not finite it is kept as zero.
 
     Args:
         learning_rate: eta, a number or a schedule.
+        weight_dimension_numbers: which leaves Muon is for, as in `galore`: such as
+            `galore_jax.matrix_axes` for stacked layers. By default Optax's rule: all with two axes,
+            embeddings and head too.
+        exclude: paths of leaves that are AdamW's all the same, as in `galore`; with
+            `weight_dimension_numbers` alone.
         **options: see `optax.contrib.muon`. `mu_dtype` is for AdamW's leaves and for momentum that
-            stays as it is.
+            has no codes.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that needs full gradients; its state is a
         `Muon8bitState`.
 
     Raises:
-        TypeError: for an option that `optax.contrib.muon` does not have; at `update`, for a state
-            of another kind.
+        TypeError: for an option that `optax.contrib.muon` does not have, or both of its kind of
+            dimension numbers and this; at `update`, for a state of another kind.
+        ValueError: as `galore` for `exclude` and `weight_dimension_numbers`.
 
     Example:
         >>> import jax, jax.numpy as jnp, galore_jax
@@ -67,7 +82,17 @@ def muon8bit(
         Gupta et al., `Effective Quantization of Muon Optimizer States
         <https://arxiv.org/abs/2509.23106>`_, 2025
     """
-    tx = optax.with_extra_args_support(optax.contrib.muon(learning_rate, **options))
+    if weight_dimension_numbers is not None:
+        if "muon_weight_dimension_numbers" in options:
+            raise TypeError(
+                "muon8bit: weight_dimension_numbers and muon_weight_dimension_numbers both say "
+                "which leaves are matrices. Give one of them"
+            )
+        settings = Settings(
+            rank=1, exclude=exclude, weight_dimension_numbers=weight_dimension_numbers
+        )
+        options["muon_weight_dimension_numbers"] = functools.partial(_matrices, settings)
+    tx = in_float32(optax.contrib.muon(learning_rate, **options))
 
     # Compiled, so that momentum does not exist in full in float32.
     @jax.jit
@@ -86,6 +111,17 @@ def muon8bit(
         return updates, _encoded(inner_state, large)
 
     return transformation(init_fn, update_fn)
+
+
+def _matrices(settings: Settings, params: optax.Params) -> Any:
+    """By leaf what Optax's Muon calls its dimension numbers, None for AdamW's leaves."""
+    specs = [
+        optax.contrib.MuonDimensionNumbers(x.reduction_axes, x.output_axes)
+        if isinstance(x, MatrixView)
+        else None
+        for x in settings.plan(params)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), specs)
 
 
 def _is_muon(x: Any) -> bool:

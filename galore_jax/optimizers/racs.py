@@ -129,18 +129,18 @@ def racs(
 
     .. math:: W \leftarrow W - \eta\,(\alpha\, U + \lambda W)
 
-    where the norm of U grows by no more than gamma from step to step. Leaves that are no matrices
-    take AdamW steps.
+    where the norm of U grows by no more than gamma from step to step. Other leaves, and those
+    that `exclude` names, take AdamW steps.
 
     Args:
         learning_rate: eta, a number or a schedule. Times alpha about AdamW's: around 0.02.
         decay: beta, of the means over steps of the numbers of rows and columns.
-        weight_decay: lambda, decoupled.
+        weight_decay: lambda, decoupled, of all leaves.
         mask: tree of bools, or callable giving one: which leaves decay.
         scale: alpha, on matrices alone.
         gamma: largest growth of an update's norm in a step.
-        adam_learning_rate: of the leaves that are no matrices, by default `learning_rate`, which is
-            too large for most: try AdamW's.
+        adam_learning_rate: of the leaves that take AdamW steps, by default `learning_rate`, which
+            is too large for most: try AdamW's.
         b1: decay rate of their first moment.
         b2: decay rate of their second moment.
         eps: added to the root of their second moment.

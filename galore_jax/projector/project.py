@@ -60,6 +60,17 @@ def lift(view: MatrixView, p: Stored, r: jax.Array) -> jax.Array:
     return view.from_matrix(u)
 
 
+def outside(view: MatrixView, p: Stored, g: jax.Array, low_rank: jax.Array | None = None) -> Any:
+    """`G - P P^T G` of a gradient of the leaf's shape, as matrices; `low_rank` is its P^T G."""
+    if is_indices(p):  # rows that the subspace has not: a select, which needs no lifted matrix
+        chosen = jnp.sum(jax.nn.one_hot(p, view.projector_shape[-2], dtype=INDICES), axis=-2)
+        rows = chosen[..., :, None] if view.side == "in" else chosen[..., None, :]
+        return jnp.where(rows == 0, view.to_matrix(g).astype(view.dtype), 0)
+    if low_rank is None:
+        low_rank = project(view, p, g)
+    return view.to_matrix(g.astype(view.dtype) - lift(view, p, low_rank))
+
+
 def _take(view: MatrixView, x: jax.Array, indices: Any) -> jax.Array:
     """Rows of matrices where inputs are projected, columns where outputs are."""
     if view.side == "in":

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 import galore_jax
+from examples import command_line, hf, hf_files, llama, pretrain, rope, training
 from examples import data as data_lib
-from examples import hf, hf_files, llama, pretrain, rope, training
 from examples import tokenizer as bpe
 from examples.errors import UserError
 from tests.problems import once_but, run_with_devices
@@ -447,6 +447,25 @@ FLAGS = [
         "run",
     ),
 ]
+
+
+def test_a_checkpoint_has_a_recipe_of_its_own(folder, capsys):
+    checkpoint(folder)
+    given = ["--init-from", "model"]
+    config = command_line.parse(given)
+    command_line.check(config)
+    assert (config.model, config.learning_rate, config.rank) == ("checkpoint", 2e-4, 0.25)
+    config = command_line.parse([*given, "--recipe", "16gb", "--steps", "50"])
+    command_line.check(config)
+    assert (config.optimizer, config.rank, config.warmup) == ("galore_muon8bit", 1 / 16, 5)
+    assert (config.learning_rate, config.param_dtype, config.tier) == (
+        4e-4,
+        "bfloat16",
+        "layerwise",
+    )
+    assert command_line.parse([*given, "--model", "60m"]).learning_rate == 0.01
+    assert pretrain.main(["--model", "checkpoint"]) == 2
+    assert "--init-from FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.slow

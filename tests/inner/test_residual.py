@@ -7,14 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import galore_jax
-from galore_jax.inner.residual import (
-    column_ratio,
-    limit_norm_growth,
-    outside_of,
-    scale_by_column_ratio,
-)
+from galore_jax.inner.residual import column_ratio, limit_norm_growth, scale_by_column_ratio
 from galore_jax.matrix.plan import plan
-from galore_jax.projector.project import project
+from galore_jax.projector.project import outside, project
 from tests.problems import normal, params_like
 
 RANK = 2
@@ -37,7 +32,7 @@ def leaf_and_projector(shape, proj_type, seed):
 def test_the_residual_is_what_the_subspace_does_not_show(shape, proj_type, seed):
     leaf, p = leaf_and_projector(shape, proj_type, seed)
     g = jnp.asarray(normal(seed + 7, *shape))
-    rest = outside_of(leaf, p, g)
+    rest = outside(leaf, p, g)
     assert rest.shape == (*leaf.batch, leaf.m, leaf.n)
     np.testing.assert_allclose(project(leaf, p, leaf.from_matrix(rest)), 0, atol=1e-5)
     low = project(leaf, p, g)

@@ -104,6 +104,21 @@ def test_vectors_of_stacked_layers_stay_vectors(rule):
     assert found == (set() if rule is None else kernels)
 
 
+@hypothesis.given(st.integers(2, 12), st.integers(2, 9), st.integers(2, 9), st.integers(1, 9))
+def test_an_embedding_beside_the_blocks_is_no_stack(vocabulary, layers, width, inner):
+    """Under a name of its own and without a head, where the widths of all agree."""
+    hypothesis.assume(vocabulary != layers)
+    blocks = {"mix": {"kernel": (layers, width, inner)}, "norm": {"scale": (layers, width)}}
+    params = jax.tree.map(
+        jnp.zeros,
+        {"embed": (vocabulary, width), "blocks": blocks},
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    axes = galore_jax.matrix_axes(params)
+    assert axes["blocks"]["mix"]["kernel"][:] == ((1,), (2,))
+    assert axes["embed"][:] == ((0,), (1,))
+
+
 @pytest.mark.parametrize("path", TREES, ids=lambda path: path.stem)
 def test_parts_of_a_tree_get_what_they_get_in_it(path):
     """Where a mask or a partition hides norms, or all that is not attention; or a warning."""

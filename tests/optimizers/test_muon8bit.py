@@ -45,6 +45,37 @@ def test_muon8bit_is_optaxs_muon_in_codes(options):
         ours.update(grads(params, 0), {}, params)
 
 
+def test_which_leaves_are_matrices_is_said_as_elsewhere():
+    """Stacked layers, and neither embeddings nor norms; bfloat16 weights have float32 states."""
+    params = {
+        "embed": jnp.ones((32, 96)),
+        "blocks": {
+            "up": {"kernel": jnp.ones((2, 96, 60))},
+            "down": {"kernel": jnp.ones((2, 60, 96))},
+            "norm": {"scale": jnp.ones((2, 96))},
+        },
+    }
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    tx = galore_jax.muon8bit(0.1, weight_dimension_numbers=galore_jax.matrix_axes)
+    spec = optax.contrib.MuonDimensionNumbers((1,), (2,))
+    specs = {k: {"kernel": spec} for k in ("up", "down")} | {"norm": {"scale": None}}
+    specs = {"embed": None, "blocks": specs}
+    other = galore_jax.muon8bit(0.1, muon_weight_dimension_numbers=lambda params: specs)
+    grads = jax.tree.map(lambda x: jnp.asarray(normal(1, *x.shape), x.dtype), params)
+    (got, state), (want, _) = (t.update(grads, t.init(params), params) for t in (tx, other))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a, b)
+    muon = state.inner_state.inner_states["muon"].inner_state[0]
+    assert [x.dtype for x in jax.tree.leaves(muon.mu)] == 2 * [jnp.uint8]
+    adam = state.inner_state.inner_states["adam"]
+    assert {x.dtype for x in jax.tree.leaves(adam) if x.ndim} == {jnp.dtype("float32")}
+    with pytest.raises(TypeError, match="Give one of them"):
+        galore_jax.muon8bit(
+            0.1, weight_dimension_numbers=specs, muon_weight_dimension_numbers=specs
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moments", ["muon8bit", "trace8bit"])
 def test_layer_by_layer_a_large_stack_of_small_layers_keeps_its_codes(moments):

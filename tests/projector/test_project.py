@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import galore_jax
 from galore_jax.matrix.plan import plan
-from galore_jax.projector.project import lift, project
+from galore_jax.projector.project import lift, outside, project
 from galore_jax.projector.storage import INDICES, load, store
 from tests.problems import grads_like, normal, params_like, train
 
@@ -23,7 +23,7 @@ OPTIONS = dict(rank=RANK, weight_dimension_numbers=galore_jax.last_two_axes)
     st.sampled_from([(8, 12), (12, 8), (2, 8, 12), (2, 3, 12, 8)]),
     st.integers(0, 99),
 )
-def test_indices_project_and_lift_as_their_basis(proj_type, shape, seed):
+def test_indices_do_as_their_basis(proj_type, shape, seed):
     leaf = plan({"w": jnp.zeros(shape)}, proj_type=proj_type, **OPTIONS)[0]
     rng = np.random.default_rng(seed)
     rows, count = leaf.projector_shape[-2], int(np.prod(leaf.batch))
@@ -36,6 +36,7 @@ def test_indices_project_and_lift_as_their_basis(proj_type, shape, seed):
     r = project(leaf, indices, g)
     np.testing.assert_array_equal(r, project(leaf, basis, g))
     np.testing.assert_array_equal(lift(leaf, indices, r), lift(leaf, basis, r))
+    np.testing.assert_array_equal(outside(leaf, indices, g), outside(leaf, basis, g, r))
 
 
 def test_a_state_keeps_indices_that_change_at_refreshes():
