@@ -98,8 +98,6 @@ def _sizes(
 
 
 CHECKPOINTS = {
-    "Qwen3-1.7B": _sizes("qwen3", 151936, 2048, 6144, 28, 16, 8, tied=True),
-    "Llama-3.2-3B": _sizes("llama", 128256, 3072, 8192, 28, 24, 8, tied=True),
     "Qwen3-4B": _sizes("qwen3", 151936, 2560, 9728, 36, 32, 8, tied=True),
     "Mistral-7B": _sizes("mistral", 32768, 4096, 14336, 32, 32, 8),
     "Qwen2.5-7B": _sizes("qwen2", 152064, 3584, 18944, 28, 28, 4),

@@ -66,7 +66,7 @@ def training_gradients(model, steps, gap, layers):
 
 def measure(model, args):
     """Seconds by method and shape, and shares of the energy by method."""
-    rank = llama.RECIPES[model].rank
+    rank = int(llama.RECIPES[model].rank)
     compiled = {
         name: jax.jit(
             lambda a, old, seed, method=method: method(a, rank, old, lambda: jax.random.key(seed))

@@ -18,7 +18,7 @@ GIB = 2**30
 
 def figures(name: str) -> dict[str, float]:
     """Of one model, in GiB."""
-    params, rank = steps.stacked(llama.CONFIGS[name]).params, llama.RECIPES[name].rank
+    params, rank = steps.stacked(llama.CONFIGS[name]).params, int(llama.RECIPES[name].rank)
 
     def state(tx) -> float:
         return galore_jax.summary(tx, params).total.state / GIB

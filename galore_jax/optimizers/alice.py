@@ -299,7 +299,7 @@ def alice(
         settings,
         learning_rate,
         adam_learning_rate,
-        optax.scale_by_adam(adam_b1, adam_b2, eps),
+        in_float32(optax.scale_by_adam(adam_b1, adam_b2, eps)),
         weight_decay,
         mask,
         "alice",

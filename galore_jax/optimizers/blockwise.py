@@ -32,6 +32,9 @@ MIN_SIZE = 4096
 # taken together, as a loop's turn would cost more than its work.
 _LOOP_SIZE = 2**14
 
+# A matrix of more numbers is processed part by part.
+_AT_ONCE = 2**24
+
 # Gradients from here on have no finite square.
 _LARGEST = math.sqrt(np.finfo(np.float32).max)
 
@@ -134,21 +137,43 @@ def _quantised(step: Callable, rates, formats, g, moments, scales, dtype, count)
         # to itself XLA gathers all of them where a weight's parts are parts of blocks.
         out, *new = whole(uncut(mesh, g, axis), moments, scales)
         return uncut(mesh, out, axis), *new
-    if not loops:
+    if loops:
+        turns = math.prod(g.shape[:loops])
+        arrays = jax.tree.map(lambda x: x.reshape(turns, *x.shape[loops:]), (g, moments, scales))
+        new = _in_turns(turns, 0, functools.partial(_in_parts, whole, dtype), arrays, dtype)
+        return jax.tree.map(lambda x, old: x.reshape(old.shape), new, (g, moments, scales))
+    return _in_parts(whole, dtype, g, moments, scales)
+
+
+def _in_parts(whole: Callable, dtype: Any, g, moments, scales):
+    """Take the step with a large matrix part by part, each with whole blocks."""
+    if g.ndim < 2 or g.size <= _AT_ONCE:
         return whole(g, moments, scales)
+    across = -3 - quantize.layout(g.shape).axis  # the other one of the last two axes
+    size = g.shape[across]
+    fit = size * _AT_ONCE // g.size  # so many rows or columns
+    parts = next((k for k in range(1, size + 1) if size % k == 0 and size <= k * max(fit, 1)), size)
+    return _in_turns(parts, across, whole, (g, moments, scales), dtype)
 
-    # In place, the update over the gradient: the carry needs no second buffer where its first
-    # is donated or at the end of its life.
+
+def _in_turns(turns: int, axis: int, work: Callable, arrays, dtype: Any):
+    """Work on equal parts of arrays along an axis, one after the other.
+
+    In place, the update over the gradient: the carry needs no second buffer where its first is
+    donated or at the end of its life.
+    """
+    g, *others = arrays
+
     def turn(i, carry):
-        at = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), carry)
-        return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), i, 0),
-            carry,
-            whole(*at),
-        )
+        def part(x):
+            size = x.shape[axis] // turns
+            return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
-    start = g.astype(jnp.promote_types(g.dtype, dtype)), moments, scales
-    turns = math.prod(g.shape[:loops])
-    carry = jax.tree.map(lambda x: x.reshape(turns, *x.shape[loops:]), start)
-    carry = jax.lax.fori_loop(0, turns, turn, alike(carry))
-    return jax.tree.map(lambda x, old: x.reshape(old.shape), carry, start)
+        def put(x, new):
+            start = i * new.shape[axis]
+            return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), start, axis)
+
+        return jax.tree.map(put, carry, work(*jax.tree.map(part, carry)))
+
+    start = (g.astype(jnp.promote_types(g.dtype, dtype)), *others)
+    return jax.lax.fori_loop(0, turns, turn, alike(start))

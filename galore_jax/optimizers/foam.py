@@ -173,7 +173,7 @@ def foam(
         settings,
         learning_rate,
         adam_learning_rate,
-        optax.scale_by_adam(b1, b2, eps),
+        in_float32(optax.scale_by_adam(b1, b2, eps)),
         weight_decay,
         mask,
         "foam",

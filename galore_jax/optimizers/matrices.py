@@ -11,7 +11,7 @@ from galore_jax.boundary import transformation
 from galore_jax.matrix.plan import sites, warn_about
 from galore_jax.matrix.trees import Sites
 from galore_jax.matrix.view import MatrixView
-from galore_jax.optimizers.wrap import in_float32, with_rate
+from galore_jax.optimizers.wrap import with_rate
 from galore_jax.settings import Settings
 
 
@@ -63,7 +63,7 @@ def beside_adam(
         settings: say which leaves are matrices.
         learning_rate: of the matrices.
         adam_learning_rate: of the rest, by default the same.
-        adam: for the rest, without learning rate and decay.
+        adam: for the rest, without learning rate and decay, in float32 whatever the weights are.
         weight_decay: of all, decoupled.
         mask: which leaves decay.
         label: of the matrices, in the state.
@@ -77,7 +77,7 @@ def beside_adam(
     tx = optax.partition(
         {
             label: with_rate(matrices, learning_rate, weight_decay, mask),
-            "adam": in_float32(with_rate(adam, adam_rate, weight_decay, mask)),
+            "adam": with_rate(adam, adam_rate, weight_decay, mask),
         },
         labels,
     )

@@ -18,6 +18,7 @@ from galore_jax import checks
 from galore_jax.inner.residual import scale_by_column_ratio
 from galore_jax.optimizers.eightbit import scale_by_adam8bit, trace8bit
 from galore_jax.optimizers.matrices import beside_adam, over_matrices
+from galore_jax.optimizers.wrap import in_float32
 from galore_jax.precision import debias
 from galore_jax.projector.project import contract
 from galore_jax.projector.shares import in_shares
@@ -145,7 +146,9 @@ def galore_muon(
         settings,
         learning_rate,
         adam_learning_rate,
-        (scale_by_adam8bit if in_codes else optax.scale_by_adam)(b1, b2, eps),
+        scale_by_adam8bit(b1, b2, eps)
+        if in_codes
+        else in_float32(optax.scale_by_adam(b1, b2, eps)),
         weight_decay,
         mask,
         "muon",

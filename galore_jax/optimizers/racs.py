@@ -172,7 +172,7 @@ def racs(
         settings,
         learning_rate,
         adam_learning_rate,
-        optax.scale_by_adam(b1, b2, eps),
+        in_float32(optax.scale_by_adam(b1, b2, eps)),
         weight_decay,
         mask,
         "racs",

@@ -31,7 +31,24 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 def with_rate(
     tx: optax.GradientTransformation, rate: optax.ScalarOrSchedule, decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Decoupled decay behind a transformation, and the learning rate behind both."""
-    return optax.chain(
-        tx, optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate)
+    """Decoupled decay behind a transformation, and the learning rate behind both, in float32.
+
+    The state is that of a chain of the three.
+    """
+    tx = optax.with_extra_args_support(tx)
+    step = in_float32(
+        optax.chain(optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate))
     )
+
+    def init_fn(params):
+        after: Any = step.init(params)
+        return tx.init(params), *after
+
+    def update_fn(updates, state, params=None, **extra_args):
+        after: Any
+        first, *after = state
+        updates, first = tx.update(updates, first, params, **extra_args)
+        updates, after = step.update(updates, tuple(after), params)
+        return updates, (first, *after)
+
+    return transformation(init_fn, update_fn)

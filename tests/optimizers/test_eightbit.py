@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import galore_jax
 from galore_jax import adamw8bit, lion8bit
+from galore_jax.optimizers import blockwise
 from galore_jax.optimizers.blockwise import MIN_SIZE
 from galore_jax.optimizers.eightbit import (
     ScaleByAdam8bitState,
@@ -245,9 +246,14 @@ def test_slices_of_a_stack_are_independent(make, shape):
 
 
 @pytest.mark.parametrize("make", [scale_by_lion8bit, lambda: adamw8bit(1e-3)])
-@pytest.mark.parametrize("shape", [(16, 512, 1024), (16, 128, 1376)])
-def test_no_full_float32_moments(make, shape):
-    """Temporaries: 7 float32 slices of a stack of 16, a fifth of the two float32 moments."""
+@pytest.mark.parametrize("shape", [(16, 512, 1024), (16, 128, 1376), (50_000, 256), (250, 40_000)])
+def test_no_full_float32_moments(make, shape, monkeypatch):
+    """Temporaries: 7 float32 slices of a stack of 16, a fifth of the two float32 moments.
+
+    Of a large matrix, such as an embedding, parts with whole blocks.
+    """
+    monkeypatch.setattr(blockwise, "_AT_ONCE", 2**19)
+    blockwise._quantised.clear_cache()
     tx = make()
     w = jax.ShapeDtypeStruct(shape, jnp.float32)
     step = jax.jit(tx.update, donate_argnums=(0, 1))
@@ -257,6 +263,24 @@ def test_no_full_float32_moments(make, shape):
     assert memory.temp_size_in_bytes < 0.25 * moments
     state = nbytes(jax.eval_shape(tx.init, w))
     assert memory.alias_size_in_bytes >= state  # updated where it lies
+
+
+@pytest.mark.parametrize("shape", [(300, 40), (40, 300), (37, 300), (2, 60, 300), (2, 3, 300, 41)])
+def test_parts_of_a_matrix_are_what_they_are_together(shape, monkeypatch):
+    tx = scale_by_adam8bit()
+    grads = [jnp.asarray(normal(seed, *shape)) for seed in range(3)]
+
+    def steps(at_once):
+        monkeypatch.setattr(blockwise, "_AT_ONCE", at_once)
+        blockwise._quantised.clear_cache()
+        state = tx.init(grads[0])
+        for g in grads:
+            out, state = tx.update(g, state)
+        return out, state
+
+    want, got = steps(2**24), steps(3 * 300)
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 @pytest.mark.slow
