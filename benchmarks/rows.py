@@ -206,6 +206,16 @@ def recipes(found):
         yield f"`{card}`", optimizer, f"{weights}, {dtype}", state, *totals, given_up
 
 
+@of("memory_rtx4090")
+def checkpoints(found):
+    cards = ("24gb", "16gb", "12gb")
+    yield "", *(f"`{card}`" for card in cards)
+    for name, row in found["models"].items():
+        title, form = ("LLaMA-7B", "{}, 1x256") if name == "7b" else (name, "{}")
+        totals = (row.get(form.format(card), {}).get("total") for card in cards)
+        yield title, *(number(x, ".1f") for x in totals)
+
+
 @of("memory")
 def memory(found):
     titles = {

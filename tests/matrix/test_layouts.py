@@ -104,6 +104,7 @@ def test_vectors_of_stacked_layers_stay_vectors(rule):
     assert found == (set() if rule is None else kernels)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.integers(2, 12), st.integers(2, 9), st.integers(2, 9), st.integers(1, 9))
 def test_an_embedding_beside_the_blocks_is_no_stack(vocabulary, layers, width, inner):
     """Under a name of its own and without a head, where the widths of all agree."""
