@@ -23,11 +23,13 @@ def newton_schulz(x):
     """Its polynomials, on the singular values themselves."""
     left, values, right = np.linalg.svd(x, full_matrices=False)
     values = values / np.sum(values**8) ** (1 / 8)
-    for odd in (
-        (12.3167, -111.9745, 364.3201, -463.1961, 200.2276),
-        (3.5107, -6.6508, 6.1464, -2.4427, 0.3441),
+    for a, b, c in (
+        (8.2987, -24.4305, 18.0903),
+        (3.9152, -2.9211, 0.5592),
+        (3.1746, -2.3804, 0.4978),
+        (2.1895, -1.5672, 0.4079),
     ):
-        values = sum(c * values ** (2 * i + 1) for i, c in enumerate(odd))
+        values = a * values + b * values**3 + c * values**5
     return (left * values) @ right
 
 
@@ -101,15 +103,15 @@ def test_galore_muon_by_neuron():
     st.sampled_from([1e-12, 1e-3, 1.0, 1e12]), st.floats(0.0, 1.5),
 )  # fmt: skip
 def test_newton_schulz_by_singular_values(m, n, seed, size, decay):
-    """At any scale; where they are within a factor of 40 of the largest they end close to one."""
+    """At any scale; where they are within a factor of 200 of the largest they end close to one."""
     left, _, right = np.linalg.svd(normal(seed, m, n).astype(np.float64), full_matrices=False)
     values = np.exp(-decay * np.arange(min(m, n)))
     x = (left * values) @ right
     got = np.asarray(orthogonalise(jnp.asarray(size * x, jnp.float32)), np.float64)
     np.testing.assert_allclose(got, newton_schulz(x), atol=1e-3)
     found = np.linalg.svd(got, compute_uv=False)
-    reached = values > 0.025 * np.sum(values**8) ** (1 / 8)
-    assert np.all(found <= 1.102) and np.all(found[: np.sum(reached)] > 0.899)
+    reached = values > 0.005 * np.sum(values**8) ** (1 / 8)
+    assert np.all(found <= 1.09) and np.all(found[: np.sum(reached)] > 0.91)
 
 
 def test_large_stacks_are_orthogonalised_part_by_part(monkeypatch):
