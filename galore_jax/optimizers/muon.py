@@ -122,10 +122,10 @@ def galore_muon(
         >>> for _ in range(3):
         ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
         ...     params = optax.apply_updates(params, updates)
-        ...     print(f"{loss(params):.0f}")
-        137
-        131
-        126
+        ...     print(f"{loss(params):.1f}")
+        137.5
+        131.5
+        125.8
 
     References:
         Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Zhao et al.,
