@@ -31,7 +31,6 @@ ROWS = {
     "galore_muon": ("galore_muon", "full", 4e-4),
     "frugal": ("frugal", "full", 1e-4),
 }
-REACH = 4  # how many factors of two a rate may be from the first
 FLAGS = {"--batch-size": 4, "--seq-len": 128, "--warmup": 3, "--clip": 1.0}
 GALORE = {"--rank": 0.25, "--update-proj-gap": 10}
 
@@ -42,7 +41,8 @@ def main(argv=None):
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--eval-batches", type=int, default=16)
-    args = report.parse(parser, argv, rows=["galore_muon"], steps=4, eval_batches=1)
+    parser.add_argument("--reach", type=int, default=4, help="factors of two from the first rate")
+    args = report.parse(parser, argv, rows=["galore_muon"], steps=4, eval_batches=1, reach=1)
     if args.folder is None and not args.quick:
         parser.error("give the FOLDER of a Hugging Face checkpoint with its tokenizer")
     with tempfile.TemporaryDirectory() as cache:
@@ -54,7 +54,7 @@ def measure(args, folder: pathlib.Path, cache: str) -> None:
     result = {
         "model": folder.name,
         "flags": FLAGS | GALORE | {"--steps": args.steps},
-        "reach": REACH,
+        "reach": args.reach,
     }
     found = known(args.out / "checkpoint.json", result)
     for name in args.rows:
@@ -90,7 +90,7 @@ def best(name, args, folder, cache):
         print(f"{name}, {rate:.3g}: {rows[rate]['loss_after']:.4f}", flush=True)
         return rows[rate]["loss_after"]
 
-    losses = quality.tune(loss_at, ROWS[name][2], REACH)
+    losses = quality.tune(loss_at, ROWS[name][2], args.reach)
     rate = min(losses, key=lambda r: losses[r])
     return {"rate": rate} | rows[rate] | {"losses": {f"{r:.3g}": x for r, x in losses.items()}}
 
