@@ -24,6 +24,26 @@ def wide(x: jax.typing.ArrayLike) -> jax.Array:
     return x.astype(wide_dtype(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
+def marked_any(tx: Any) -> Any:
+    """Mark a transformation that computes in float32 whatever dtype it is given.
+
+    `galore` then hands it what it does not project as it is: a float32 copy of an embedding in
+    half precision would be the largest array of a step.
+    """
+    tx.update.takes_any = True
+    return tx
+
+
+def takes_any(tx: Any) -> bool:
+    """Whether a transformation is marked so."""
+    return getattr(tx.update, "takes_any", False)
+
+
+def as_taken(tx: Any) -> Callable[[Any], Any]:
+    """What makes an array fit for a transformation: `wide`, unless it takes any."""
+    return (lambda x: x) if takes_any(tx) else wide
+
+
 def debias(decay: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> jax.Array:
     """`1 - decay^count`: what an average of so many steps is short of."""
     # In floats: strict dtype promotion has no power of an integer.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.boundary import transformation
-from galore_jax.precision import wide
+from galore_jax.precision import marked_any, takes_any, wide
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -25,7 +25,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def init_fn(params):
         return tx.init(jax.tree.map(wide, params))
 
-    return transformation(init_fn, update_fn)
+    return marked_any(transformation(init_fn, update_fn))
 
 
 def with_rate(
@@ -51,4 +51,5 @@ def with_rate(
         updates, after = step.update(updates, tuple(after), params)
         return updates, (first, *after)
 
-    return transformation(init_fn, update_fn)
+    made = transformation(init_fn, update_fn)
+    return marked_any(made) if takes_any(tx) else made

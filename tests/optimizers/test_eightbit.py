@@ -265,6 +265,30 @@ def test_no_full_float32_moments(make, shape, monkeypatch):
     assert memory.alias_size_in_bytes >= state  # updated where it lies
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: galore_jax.galore_adamw8bit(1e-3, rank=4),
+        lambda: galore_jax.chain(galore_jax.galore(rank=4), adamw8bit(1e-3)),
+        lambda: galore_jax.galore(scale_by_lion8bit(), rank=4),
+        lambda: galore_jax.scale_by_apollo(scale_by_adam8bit(), rank=4),
+    ],
+)
+def test_no_float32_copy_of_an_embedding(make, monkeypatch):
+    """In bfloat16 it and its gradient are the largest arrays there are, and are not projected."""
+    monkeypatch.setattr(blockwise, "_AT_ONCE", 2**19)
+    blockwise._quantised.clear_cache()
+    tx = make()
+    params = {
+        "embedding": jax.ShapeDtypeStruct((50_000, 256), jnp.bfloat16),
+        "kernel": jax.ShapeDtypeStruct((32, 64), jnp.bfloat16),
+    }
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    compiled = step.lower(params, jax.eval_shape(tx.init, params), params).compile()
+    copy = 4 * 50_000 * 256
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * copy
+
+
 @pytest.mark.parametrize("shape", [(300, 40), (40, 300), (37, 300), (2, 60, 300), (2, 3, 300, 41)])
 def test_parts_of_a_matrix_are_what_they_are_together(shape, monkeypatch):
     tx = scale_by_adam8bit()
