@@ -24,6 +24,14 @@ _ON_A_CARD = {
     **{"batch_size": 1, "accumulate": 1, "clip": 0.0},
 }
 
+
+def settings_on(card: str | None) -> dict[str, Any]:
+    """What a run on such a card has for settings of its own; none without one."""
+    if card is None:
+        return {}
+    return {**_ON_A_CARD, **CARDS[card], "recipe": card}
+
+
 FORMAT = 1  # Of config.json and of what else lies in a run's folder.
 Dtype = Literal["float32", "bfloat16"]
 
@@ -243,18 +251,18 @@ def from_recipe(
         **changes: any other field; `vocab_size` where the model is a checkpoint.
     """
     recipe = llama.RECIPES[model]
-    on_card = {} if card is None else {**_ON_A_CARD, **CARDS[card], "recipe": card}
-    optimizer = optimizer or on_card.get("optimizer", "galore_adamw")
+    on_card = settings_on(card)
+    chosen: str = optimizer or on_card.get("optimizer", "galore_adamw")
     if batch_size is not None:
         on_card["batch_size"] = batch_size
     steps = recipe.steps if steps is None else steps
-    name = f"{model}-{optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{model}-{chosen}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = {
         "seq_len": recipe.seq_len,
         "batch_size": recipe.batch_size if batch_size is None else batch_size,
         "accumulate": recipe.accumulate if batch_size is None else 1,
         "warmup": recipe.warmup * steps // recipe.steps,
-        "learning_rate": recipe.learning_rate * optimizers.OPTIMIZERS[optimizer].rate,
+        "learning_rate": recipe.learning_rate * optimizers.OPTIMIZERS[chosen].rate,
         "clip": recipe.clip or 0.0,
         "rank": recipe.rank,
         "update_proj_gap": recipe.update_proj_gap,
@@ -265,7 +273,7 @@ def from_recipe(
     }
     if model in llama.CONFIGS:
         settings["vocab_size"] = llama.CONFIGS[model].vocab_size
-    settings |= on_card | changes | {"model": model, "optimizer": optimizer, "steps": steps}
+    settings |= on_card | changes | {"model": model, "optimizer": chosen, "steps": steps}
     few_bits = ("int8",) if card is None else ("int8", "bfloat16")
     settings.setdefault("stochastic_rounding", settings.get("param_dtype") in few_bits)
     return Config(**settings)

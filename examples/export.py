@@ -15,7 +15,6 @@ from typing import Annotated
 import jax
 import tyro
 
-import galore_jax
 from examples import checkpoints, hf, hf_tokenizer, pretrain
 from examples import config as config_lib
 from examples import tokenizer as bpe
@@ -36,8 +35,7 @@ def export(run: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run."""
     config = dataclasses.replace(config_lib.read(run, "RUN"), mesh="")
     params = checkpoints.read_params(run, jax.eval_shape(pretrain.initializer(config)[1]))
-    whole = galore_jax.dequantize_weights(params)
-    hf.save_hf(folder, pretrain.model_config(config), whole)
+    hf.save_hf(folder, pretrain.model_config(config), params)
     if config.init_from:
         hf_tokenizer.copy(pathlib.Path(config.init_from), folder)
     else:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import galore_jax
 from examples import (
     checkpoints,
     events,
@@ -33,6 +34,7 @@ from examples import (
     loop,
     lora,
     meshes,
+    modules,
     optimizers,
     padding,
     runs,
@@ -73,13 +75,13 @@ def setup(config: FinetuneConfig, made: Learner, seed: int, steps: int) -> Setup
     shapes, labels = made.shapes, None
     model_of: training.ModelOf = made.model_of
     weights: Callable[[], dict] = functools.partial(made.weights, seed)
-    apart: optax.Schedule | None = None
 
     def is_target(path: tuple[Any, ...]) -> bool:
         names = jax.tree_util.keystr(path, simple=True, separator="/")
         return re.search(config.target, names) is not None
 
-    if not any(is_target(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)):
+    whole = jax.eval_shape(galore_jax.dequantize_weights, shapes)
+    if not any(is_target(path) for path, _ in jax.tree_util.tree_leaves_with_path(whole)):
         raise UserError(f"--target {config.target!r} fits no weight of the model.")
     if config.method == "lora":
         factorised = functools.partial(
@@ -95,27 +97,21 @@ def setup(config: FinetuneConfig, made: Learner, seed: int, steps: int) -> Setup
         shapes, weights = jax.eval_shape(factorised, shapes), with_factors
         model_of = assembled
         labels = jax.tree_util.tree_map_with_path(lora.label, shapes)
-    elif method.adam_rate:
-
-        def adam_rate(step: Any) -> Any:
-            return method.adam_rate * schedule(step)
-
-        apart = adam_rate
-        labels = jax.tree_util.tree_map_with_path(
-            lambda path, _: "kernel" if is_target(path) else "other", shapes
-        )
+    adam = (lambda step: method.adam_rate * schedule(step)) if method.adam_rate else None
+    given = {"projector_dtype": config.projector_dtype} if config.projector_dtype else {}
     try:
         tx = optimizers.create(
             method.optimizer,
             schedule,
             weight_decay=config.weight_decay,
             clip=None if config.tier == "layerwise" else config.clip or None,
-            embedding_learning_rate=apart,
+            embedding_learning_rate=adam,
             labels=labels,
             target=config.target,
             rank=rank,
             update_proj_gap=config.update_proj_gap,
             scale=config.scale,
+            **given,
         )
         jax.eval_shape(tx.init, shapes)
     except (TypeError, ValueError) as error:
@@ -143,7 +139,7 @@ def train_once(
         config.accumulate,
         tier=config.tier,
         clip=config.clip or None,
-        rounding_key=jax.random.key(seed) if has_bfloat16(shapes) else None,
+        rounding_key=jax.random.key(seed) if loses_small_steps(shapes) else None,
         loss_of=made.loss_of,
     )
     evaluate_params = made.evaluator(model_of)
@@ -198,7 +194,7 @@ def train_once(
     figures = best.figures | {
         "metric": made.metric,
         "steps": done,
-        "parameters": sum(x.size for x in jax.tree.leaves(made.shapes)),
+        "parameters": modules.size(made.shapes),
         "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(state["params"])),
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state["opt_state"])),
         "seconds": round(time.perf_counter() - began, 1),
@@ -207,9 +203,9 @@ def train_once(
     return figures
 
 
-def has_bfloat16(shapes: dict) -> bool:
-    """Whether weights are in a format that small steps are lost in."""
-    return any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(shapes))
+def loses_small_steps(shapes: dict) -> bool:
+    """Whether weights are in a format that does: bfloat16, or 8-bit codes."""
+    return any(x.dtype in (jnp.bfloat16, jnp.int8) for x in jax.tree.leaves(shapes))
 
 
 def digest(made: Learner) -> str:

@@ -13,7 +13,6 @@ import tyro
 from examples import command_line, hf_files, hf_roberta, optimizers, tasks, training
 from examples import config as config_lib
 from examples.command_line import flag
-from examples.config import Dtype
 from examples.errors import UserError
 from examples.files import read_json
 
@@ -31,6 +30,7 @@ METHODS = {
     "galore": Method("galore_adamw", shortens=True),
     "galore8bit": Method("galore_adamw8bit", shortens=True),
     "galore_muon": Method("galore_muon", rate=8.0, adam_rate=1 / 8),
+    "galore_muon8bit": Method("galore_muon8bit", rate=8.0, adam_rate=1 / 8),
     "frugal": Method("frugal"),
     "fira": Method("fira"),
     "apollo": Method("apollo"),
@@ -93,6 +93,8 @@ class Learner:
     """Steps from one refresh of the projectors to the next."""
     scale: float
     """Multiplies the lifted updates."""
+    projector_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
+    """Number format that projectors are kept in; by default float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,13 +125,18 @@ class Schedule:
 class Memory:
     """What fits on a card, number formats and seeds."""
 
+    recipe: Literal[tuple(config_lib.CARDS)] | None = None  # type: ignore[valid-type]
+    """What a LLaMA of 7B takes to fit on a card of so much memory, one row at a time: method,
+    number formats, tier and batch, each of which another flag may change. See examples.pretrain."""
     tier: training.Tier = "full"
     """How much of the gradient exists at once: see examples.pretrain."""
     remat: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
-    param_dtype: Dtype | None = None
-    """Number format of weights and activations; by default the checkpoint's. States are float32
-    whatever it is; bfloat16 weights are rounded up or down at random after a step."""
+    param_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Number format of weights and activations; by default the checkpoint's. States are float32, or
+    in 8 bits, whatever it is; bfloat16 weights are rounded up or down at random after a step.
+    `int8` keeps the blocks' kernels in 8-bit codes, all else in bfloat16, and wants --tier subspace
+    or layerwise."""
     seeds: tuple[int, ...] = (0,)
     """One training for each: of a new head, of dropout and of the order of the data."""
 
@@ -167,7 +174,7 @@ def defaults(args: Sequence[str]) -> FinetuneConfig:
     there they are a rank of a quarter and what full fine-tuning usually takes.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--resume", "--task", "--method"):
+    for name in ("--resume", "--task", "--method", "--recipe"):
         first.add_argument(name, nargs="?")
     first.add_argument("--init-from", "--init_from", nargs="?")
     known, _ = first.parse_known_args(args)
@@ -175,7 +182,12 @@ def defaults(args: Sequence[str]) -> FinetuneConfig:
         saved = config_lib.read(pathlib.Path(known.resume), of=FinetuneConfig)
         return dataclasses.replace(saved, stop_at=None, run_dir=known.resume)
     given, task = known.init_from, tasks.TASKS.get(known.task, tasks.Task())
-    method = METHODS.get(known.method, METHODS["galore"])
+    on_card = config_lib.settings_on(known.recipe if known.recipe in config_lib.CARDS else None)
+    usual = next(
+        (n for n, m in METHODS.items() if m.optimizer == on_card.get("optimizer")), "galore"
+    )
+    name = known.method if known.method in METHODS else usual
+    method = METHODS[name]
     answers = given is not None and not classifies(given)
     settings = dict(
         **{"rank": 4, "update_proj_gap": 500, "scale": 4.0, "epochs": 30.0, "max_length": 512},
@@ -188,11 +200,14 @@ def defaults(args: Sequence[str]) -> FinetuneConfig:
         )
     settings["learning_rate"] *= method.rate
     settings["scale"] = settings["scale"] if method.shortens else 1.0
-    model = pathlib.Path(given or "").name
-    name = "-".join(filter(None, [model, known.task, known.method, time.strftime("%Y%m%d-%H%M%S")]))
+    fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
+    settings |= {k: v for k, v in on_card.items() if k in fields}
+    parts = [pathlib.Path(given or "").name, known.task, known.method or known.recipe]
+    folder = "-".join(filter(None, [*parts, time.strftime("%Y%m%d-%H%M%S")]))
     return FinetuneConfig(
         init_from=given if given is not None else tyro.MISSING,
-        run_dir=str(pathlib.Path("runs") / name),
+        run_dir=str(pathlib.Path("runs") / folder),
+        method=name,
         **settings,  # type: ignore[arg-type]
     )
 
@@ -239,6 +254,11 @@ def check(config: FinetuneConfig) -> None:
     command_line.check_rank(config.rank)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: give each seed once.")
+    if config.recipe and classifies(config.init_from):
+        raise UserError(
+            f"--recipe {config.recipe}: {config.init_from} is a RoBERTa, which is small. Leave it"
+            " out, or give a model that answers."
+        )
     if config.scale != 1 and config.method not in SCALED:
         raise UserError(
             f"--scale {config.scale}: --method {config.method} has no use for it. Leave it out, or"
@@ -260,6 +280,11 @@ def check(config: FinetuneConfig) -> None:
         raise UserError(
             f"--tier layerwise takes a batch as one, not in --accumulate {config.accumulate}"
             " microbatches. Give --accumulate 1 and a --batch-size that fits, or --tier subspace."
+        )
+    if config.param_dtype == "int8" and config.tier == "full":
+        raise UserError(
+            "--param-dtype int8: codes have no gradient, so --tier full has to be subspace or"
+            " layerwise. Give one of them, or --param-dtype bfloat16."
         )
     if config.method == "lora" and config.tier != "full":
         raise UserError(f"--tier {config.tier}: --method lora trains factors. Leave it out.")

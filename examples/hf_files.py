@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+import galore_jax
 from examples.errors import UserError
 from examples.files import disk_errors, read_json
 
@@ -185,7 +186,7 @@ def save(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: there is something already. Give another folder.")
     arrays = {leaf.path: _array(params, leaf) for leaf in leaves}
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+    for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_in_codes):
         if (keys := tuple(entry.key for entry in path)) not in arrays:
             raise UserError(f"params: {'/'.join(keys)} has no place in the model of the config.")
     fields = {**fields, "torch_dtype": str(arrays["embed", "embedding"].dtype)}
@@ -198,6 +199,10 @@ def save(
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _in_codes(x: Any) -> bool:
+    return isinstance(x, galore_jax.Int8Weight)  # which layer by layer becomes an array
 
 
 def _array(params: Mapping[str, Any], leaf: Leaf) -> Any:

@@ -26,7 +26,7 @@ from examples import (
 from examples import tokenizer as bpe
 from examples.errors import UserError
 from examples.finetune_config import FinetuneConfig, classifies
-from examples.modules import from_graph
+from examples.modules import from_graph, stored
 
 
 class Learner(NamedTuple):
@@ -115,9 +115,10 @@ def _classification(config: FinetuneConfig) -> Learner:
         return evaluate
 
     def weights(seed: int) -> dict:
-        return hf_roberta.load_hf(
+        made = hf_roberta.load_hf(
             config.init_from, model_config.param_dtype, labels=len(task.labels), seed=seed
-        )[1]
+        )
+        return stored(made[1], config.param_dtype)
 
     def save(folder: pathlib.Path, params: dict) -> None:
         hf_roberta.save_hf(folder, model_config, params)
@@ -128,7 +129,7 @@ def _classification(config: FinetuneConfig) -> Learner:
         rows.validation,
         collate,
         longest,
-        jax.eval_shape(init),
+        jax.eval_shape(lambda: stored(init(), config.param_dtype)),
         weights,
         from_graph(graph),
         loss_of,
@@ -183,6 +184,11 @@ def _answers(config: FinetuneConfig) -> Learner:
 
         return evaluate
 
+    def weights(seed: int) -> dict:
+        del seed
+        params = hf.load_hf(config.init_from, model_config.param_dtype)[1]
+        return stored(params, config.param_dtype)
+
     def save(folder: pathlib.Path, params: dict) -> None:
         hf.save_hf(folder, model_config, params)
         hf_tokenizer.copy(pathlib.Path(config.tokenizer or config.init_from), folder)
@@ -192,8 +198,8 @@ def _answers(config: FinetuneConfig) -> Learner:
         validation,
         instructions.collate,
         config.max_length,
-        jax.eval_shape(init),
-        lambda seed: hf.load_hf(config.init_from, model_config.param_dtype)[1],
+        jax.eval_shape(lambda: stored(init(), config.param_dtype)),
+        weights,
         from_graph(graph),
         loss_of,
         evaluator,
@@ -206,6 +212,8 @@ def _answers(config: FinetuneConfig) -> Learner:
 
 def _in_formats(model: Any, config: FinetuneConfig) -> Any:
     """The model's shape, in the formats of the run."""
-    dtype = config.param_dtype or hf_files.dtype_of(config.init_from)
-    remat = config.remat or config.tier == "layerwise"
+    in_codes = config.param_dtype == "int8"
+    dtype = "bfloat16" if in_codes else config.param_dtype or hf_files.dtype_of(config.init_from)
+    # Codes are worth it only where no layer stays decoded for the backward pass.
+    remat = config.remat or config.tier == "layerwise" or in_codes
     return dataclasses.replace(model, param_dtype=dtype, dtype=dtype, remat=remat)

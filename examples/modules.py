@@ -108,6 +108,19 @@ def initializer_of(
     return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(seed)))), init
 
 
+def stored(params: dict, param_dtype: str | None) -> dict:
+    """Parameters in the number format that a run keeps them in: `int8` is for kernels in codes."""
+    if param_dtype != "int8":
+        return params
+    return galore_jax.quantize_weights(params, weight_dimension_numbers=galore_jax.matrix_axes)
+
+
+def size(params: dict) -> int:
+    """Numbers in a tree of parameters, or of their shapes, in codes or not."""
+    whole = jax.eval_shape(galore_jax.dequantize_weights, params)
+    return sum(x.size for x in jax.tree.leaves(whole))
+
+
 def leaf_by_leaf(make: Callable[[], Any]) -> Callable[[], Any]:
     """The tree that `make` gives, each of its weights made when the one before it is done.
 

@@ -37,6 +37,24 @@ def galore_lion8bit(
     return galore_jax.galore(inner, **galore_options)
 
 
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer of Optax's with states and arithmetic in float32, whatever the weights are in.
+
+    Left to itself it takes the weights' dtype: in bfloat16 a mean of squares ceases to move where
+    one step is less than a 256th of it, and at b2 = 0.999 that is soon.
+    """
+
+    def wide(tree):
+        whole = galore_jax.dequantize_weights(tree)
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), whole)
+
+    def update_fn(updates, state, params=None):
+        out, state = tx.update(wide(updates), state, None if params is None else wide(params))
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates), state
+
+    return optax.GradientTransformation(lambda params: tx.init(wide(params)), update_fn)
+
+
 def frugal(
     learning_rate: optax.ScalarOrSchedule, *, weight_decay: float, **galore_options
 ) -> optax.GradientTransformation:
@@ -120,6 +138,8 @@ class Optimizer(NamedTuple):
     options: tuple[str, ...] = ()  # of the settings of galore, those it takes
     decays: bool = True  # has a weight decay
     in_subspace: bool = False  # needs no more than projected gradients
+    of_optax: bool = False  # its states take the weights' dtype
+    own_adam: bool = False  # trains embeddings, head and norms at an `adam_learning_rate`
     whole_stacks: bool = False  # needs the gradient of all layers at once
 
 
@@ -129,6 +149,7 @@ GALORE = (
 )
 _galore = functools.partial(Optimizer, options=GALORE, in_subspace=True)
 _outside = functools.partial(Optimizer, options=GALORE)
+_full = functools.partial(Optimizer, of_optax=True)
 _MUON = tuple(name for name in GALORE if name != "scale")
 _MINI = ("update_proj_gap", "proj_type", "method")
 
@@ -147,9 +168,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "galore_sgd": _galore(
         functools.partial(galore_jax.galore_sgd, momentum=0.9), 40.0, decays=False
     ),
-    "galore_muon": Optimizer(galore_jax.galore_muon, 2.0, _MUON),
+    "galore_muon": Optimizer(galore_jax.galore_muon, 2.0, _MUON, own_adam=True),
     "galore_muon8bit": Optimizer(
-        functools.partial(galore_jax.galore_muon, accumulator_dtype="int8"), 2.0, _MUON
+        functools.partial(galore_jax.galore_muon, accumulator_dtype="int8"),
+        2.0,
+        _MUON,
+        own_adam=True,
     ),
     "fira": _outside(galore_jax.fira, 1.0),
     "frugal": _outside(frugal, 1.0),
@@ -165,15 +189,15 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "optax_galore": Optimizer(
         optax_galore, 1.0, ("rank", "update_proj_gap", "scale"), whole_stacks=True
     ),
-    "adamw": Optimizer(optax.adamw, 0.25),
+    "adamw": _full(optax.adamw, 0.25),
     "adamw8bit": Optimizer(galore_jax.adamw8bit, 0.25),
-    "adafactor": Optimizer(
+    "adafactor": _full(
         functools.partial(optax.adafactor, **ABSOLUTE_STEP), 0.25, decays=False, whole_stacks=True
     ),
-    "lion": Optimizer(optax.lion, 0.025),
+    "lion": _full(optax.lion, 0.025),
     "lion8bit": Optimizer(galore_jax.lion8bit, 0.025),
-    "sgd": Optimizer(functools.partial(optax.sgd, momentum=0.9), 10.0, decays=False),
-    "muon": Optimizer(muon, 2.0),
+    "sgd": _full(functools.partial(optax.sgd, momentum=0.9), 10.0, decays=False),
+    "muon": _full(muon, 2.0),
     "muon8bit": Optimizer(functools.partial(muon, make=galore_jax.muon8bit), 2.0),
 }
 
@@ -196,8 +220,8 @@ def create(
       learning_rate: a float or a schedule.
       weight_decay: decoupled decay, for the optimizers that have one.
       clip: largest global norm of the gradient.
-      embedding_learning_rate: trains embeddings, head and norms with AdamW at a rate of their own;
-        it needs `labels`.
+      embedding_learning_rate: trains embeddings, head and norms with AdamW at a rate of their own,
+        in 8 bits where the optimizer is; by `labels`, unless the optimizer tells them apart itself.
       labels: a tree of `kernel`, `other` and `fixed`, where some weights are fixed or train
         differently; see `labels`.
       target: regular expression for the paths of the kernels that are projected, where not all are.
@@ -212,11 +236,17 @@ def create(
         options |= MATRICES
         if target is not None:
             options["exclude"] = f"^(?!.*(?:{target}))"
+    if entry.own_adam and embedding_learning_rate is not None:
+        options["adam_learning_rate"] = embedding_learning_rate
+        embedding_learning_rate = labels = None
     tx = entry.make(learning_rate, **options)
+    if entry.of_optax:
+        tx = in_float32(tx)
     if labels is not None:
         other = tx
         if embedding_learning_rate is not None:
-            other = optax.adamw(embedding_learning_rate, weight_decay=weight_decay)
+            bits = "8bit" if name.endswith("8bit") else ""
+            other = create(f"adamw{bits}", embedding_learning_rate, weight_decay=weight_decay)
         parts: dict[Any, Any] = {"kernel": tx, "other": other, "fixed": optax.set_to_zero()}
         tx = optax.partition(parts, labels)
     # A link either way, so that the state is one tree with and without clipping.

@@ -110,15 +110,9 @@ def initializer(config: Config) -> tuple[training.ModelOf, Callable[[], dict]]:
     graph, init = llama.initializer(model_config(config), config.seed)
     if config.param_dtype != "int8":
         return llama.from_graph(graph), init
-    return llama.from_graph(graph), modules.leaf_by_leaf(lambda: stored(config, init()))
-
-
-def stored(config: Config, params: dict) -> dict:
-    """Parameters in the number format that the run keeps them in."""
-    if config.param_dtype != "int8":
-        return params
-    which = optimizers.MATRICES["weight_dimension_numbers"]
-    return galore_jax.quantize_weights(params, weight_dimension_numbers=which)
+    return llama.from_graph(graph), modules.leaf_by_leaf(
+        lambda: modules.stored(init(), config.param_dtype)
+    )
 
 
 def setup(config: Config) -> Setup:
@@ -129,8 +123,11 @@ def setup(config: Config) -> Setup:
     shapes = jax.eval_shape(lambda: galore_jax.dequantize_weights(init()))
     tx = make_optimizer(config, schedule, optimizers.labels(shapes) if apart else None)
     given, dtype = config.init_from, model_config(config).param_dtype
-    weights = (lambda: stored(config, hf.load_hf(given, dtype)[1])) if given else None
-    return Setup(model_of, init, tx, schedule, weights=weights)
+
+    def weights() -> dict:
+        return modules.stored(hf.load_hf(str(given), dtype)[1], config.param_dtype)
+
+    return Setup(model_of, init, tx, schedule, weights=weights if given else None)
 
 
 def describe_data(config: Config, data: data_lib.Data) -> None:
@@ -173,9 +170,7 @@ def train(config: Config, setup: Callable[[Config], Setup] = setup) -> dict[str,
         describe_data(config, data)
         model_of, init, tx, schedule, before_step, weights = setup(config)
         params = jax.eval_shape(init)
-        whole = jax.eval_shape(galore_jax.dequantize_weights, params)
-        size = sum(x.size for x in jax.tree.leaves(whole))
-        print(f"model: {config_lib.model_name(config)}, {size:,} parameters")
+        print(f"model: {config_lib.model_name(config)}, {modules.size(params):,} parameters")
         if config.optimizer in optimizers.STACKED:
             print(galore_jax.summary(tx, params))
         tokenizer = data.tokenizer.to_str()

@@ -70,17 +70,21 @@ class Summary:
         head = ("leaf", "shape", "side", "rank", "weights", "projector", "inner state", "full")
         text = _aligned([head, *(_cells(r) for r in (*self.rows, self.total))], left=3)
         rule = "-" * max(map(len, text))
-        share = self.total.state / max(1, self.total.without_galore)
-        note = (
-            f"optimizer state {_bytes(self.total.state)} = {share:.1%} of the "
-            f"{_bytes(self.total.without_galore)} that the same optimizer keeps without GaLore"
-        )
         left = [row for row in self.rows if row.rank is None]
         weights, state = (
             sum(getattr(row, field) for row in left) / max(1, getattr(self.total, field))
             for field in ("weights", "state")
         )
-        note += f"\nnot projected: {weights:.1%} of the weights, with {state:.1%} of the state"
+        note = f"optimizer state {_bytes(self.total.state)}"
+        if len(left) < len(self.rows):
+            share = self.total.state / max(1, self.total.without_galore)
+            note += (
+                f" = {share:.1%} of the {_bytes(self.total.without_galore)} that the same "
+                "optimizer keeps without GaLore"
+                f"\nnot projected: {weights:.1%} of the weights, with {state:.1%} of the state"
+            )
+        else:
+            note += f", {self.total.state / max(1, self.total.weights):.1%} of the weights' bytes"
         head = ("step", "weights", "gradients", "state", "activations", "total")
         steps = _aligned([head, *map(_step_cells, self.steps)], left=1)
         return "\n".join([text[0], rule, *text[1:-1], rule, text[-1], note, "", *steps])
@@ -104,8 +108,9 @@ def summary(
     (`in` for inputs, `out` for outputs) and rank, or why the leaf is not projected; bytes of the
     weights, of the projector and of the inner state; and `full`, the bytes that the same inner
     optimizer would keep without GaLore. What else the optimizer keeps, such as accumulated
-    gradients or moments of leaves that go another way, is under `(other)`. It computes shapes
-    alone, so a 7B model can be summarised on a laptop.
+    gradients or moments of leaves that go another way, is under `(other)`. An optimizer without
+    either, such as `optax.adamw` or `muon8bit`, has rows of what it keeps for each leaf. All of it
+    is computed from shapes, so a 7B model can be summarised on a laptop.
 
     Then an estimate of what a training step holds, for gradients in full (`jax.value_and_grad`),
     in the subspace (`galore_jax.value_and_grad`) and layer by layer
@@ -116,7 +121,7 @@ def summary(
     totals are from 14 % below to 1 % above the compiled step's on a CPU (`benchmarks/memory.py`).
 
     Args:
-        tx: a transformation with `galore` in it: an alias, a chain, inside MultiSteps, ...
+        tx: a transformation, with `galore` in it or not: an alias, a chain, inside MultiSteps, ...
         params: the parameters, or their shapes from `jax.eval_shape`.
         loss_fn: `loss_fn(params, *args) -> loss`, for the estimate of activations.
         *args: its other arguments, a batch, or their shapes.
@@ -126,7 +131,7 @@ def summary(
         a step fit into a card, `summary(...).fits(16)` for one of 16 GiB.
 
     Raises:
-        ValueError: where `tx` holds no `galore`, or its update does not reach one.
+        ValueError: where the update of `tx` does not reach a `galore` that it has a state of.
 
     Example:
         >>> import jax, jax.numpy as jnp, galore_jax
@@ -153,8 +158,6 @@ def summary(
         state = jax.eval_shape(tx.init, params)
     whole = jax.eval_shape(dequantize_weights, params)
     told = ask(tx, whole, state)
-    if not told:
-        raise ValueError("summary: there is no galore in this transformation")
     rows = []
     other = other_full = _nbytes(state) - sum(_nbytes(galore.state) for galore in told)
     # An error is kept because of the projection; accumulators and other leaves' moments are not.
@@ -164,6 +167,9 @@ def summary(
         rows += more
         other += rest
         other_full += rest_full
+    if not told:
+        rows, other = _rows_without(tx, state, whole)
+        other_full = other
     steps = _steps(tx, rows, told, state, params, whole, loss_fn, args)
     spared = _spared(params)
     rows = [dataclasses.replace(r, weights=r.weights - spared.get(r.path, 0)) for r in rows]
@@ -200,8 +206,10 @@ def _steps(tx, rows, told: list[Told], state, given, params, loss_fn, args) -> t
     low_rank = sum(math.prod(x.low_rank_shape) * jnp.dtype(x.dtype).itemsize for x in views)
     layer = sum(size // x.batch[0] if x.batch else size for x, size in projected.items())
     gradients = {"full": full, "subspace": alone + low_rank, "layerwise": alone + layer}
-    if any(galore.answer.needs for galore in told) or in_multi_steps(state):
+    if not told or any(galore.answer.needs for galore in told) or in_multi_steps(state):
         del gradients["subspace"]
+    if not told:  # which of its leaves are stacks of layers is not known
+        del gradients["layerwise"]
     if any(map(is_int8, jax.tree.leaves(given, is_leaf=is_int8))):
         del gradients["full"]
     if loss_fn is not None:
@@ -248,6 +256,16 @@ def _rows(answer: Answer, state: GaLoreState) -> tuple[list[Row], int, int]:
         )
     rest += _nbytes(state) - _nbytes((state.projector, state.inner_state))
     return rows, rest, rest_full
+
+
+def _rows_without(tx: Any, state: Any, params: Any) -> tuple[list[Row], int]:
+    """The same for an optimizer that has no galore in it."""
+    kept, rest = _state_bytes(tx.init, state, params)
+    rows = []
+    for i, (path, w) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        name, size = path_string(path) or "(params)", kept.get(i, 0)
+        rows.append(Row(name, w.shape, "no galore", None, _nbytes(w), 0, size, size))
+    return rows, rest
 
 
 def _state_bytes(init: Any, state: Any, params: Any) -> tuple[dict[int, int], int]:

@@ -132,9 +132,30 @@ def test_only_ways_that_are_taken_are_listed():
         assert [step.tier for step in found.steps] == tiers
 
 
-def test_nothing_to_summarise_is_an_error():
-    with pytest.raises(ValueError, match="no galore"):
-        galore_jax.summary(optax.adamw(1e-3), params_like(SHAPES))
+STACKS = dict(weight_dimension_numbers=galore_jax.last_two_axes)
+MOMENTS = {
+    "adamw": (optax.adamw(1e-3), 2 * 4 * 3 * 64 * 96),
+    "muon8bit": (galore_jax.muon8bit(1e-3, **STACKS), 3 * (64 * 96 + 4 * 64)),
+    "racs": (galore_jax.racs(1e-3, **STACKS), 3 * 4 * (64 + 96 + 1)),
+    "foam": (galore_jax.foam(1e-3, level=2, **STACKS), 2 * 4 * 3 * 64 * 96 // 4 + 12),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_optimizers_without_a_subspace_have_rows_to_compare(name):
+    tx, stack = MOMENTS[name]
+    params = params_like(SHAPES)
+    table = galore_jax.summary(tx, params, lambda p: sum(map(jnp.sum, p.values())))
+    rows = {row.path: row for row in table.rows}
+    assert rows["stack"].inner_state == rows["stack"].without_galore == stack
+    assert (rows["stack"].rank, rows["stack"].side, rows["stack"].projector) == (
+        None,
+        "no galore",
+        0,
+    )
+    assert table.total.state == nbytes(jax.eval_shape(tx.init, params))
+    assert [step.tier for step in table.steps] == ["full"] and table.fits(1) == ("full",)
+    assert "without GaLore" not in str(table) and "of the weights' bytes" in str(table)
 
 
 def test_a_single_array():

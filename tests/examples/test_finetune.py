@@ -391,6 +391,34 @@ def test_answers_are_learned_and_the_model_is_saved_with_its_tokenizer(model):
     assert pathlib.Path("run/seed-0/best/tokenizer.json").exists()
 
 
+def test_a_recipe_for_a_card_is_where_flags_start(model):
+    def parsed(*flags):
+        return finetune_config.parse(["--init-from", "model", "--data", "answers.jsonl", *flags])
+
+    config = parsed("--recipe", "24gb")
+    assert (config.method, config.projector_dtype) == ("galore8bit", "int8")
+    assert (config.param_dtype, config.tier, config.batch_size) == ("bfloat16", "layerwise", 1)
+    assert (config.rank, config.scale, config.clip) == (0.25, 2.0, 0)
+    config = parsed("--recipe", "12gb", "--batch-size", "2")
+    assert (config.method, config.rank, config.scale) == ("galore_muon8bit", 1 / 8, 1.0)
+    assert (config.param_dtype, config.batch_size) == ("int8", 2)
+    assert parsed("--recipe", "16gb", "--method", "galore8bit").scale == 2.0
+
+
+@pytest.mark.slow
+def test_weights_in_codes_learn_resume_and_are_saved_whole(model):
+    flags = ["--init-from", "model", "--data", "answers.jsonl", "--recipe", "12gb"]
+    flags += ["--batch-size", "4", "--epochs", "6", "--max-length", "16", "--lr", "8e-2"]
+    assert finetune.main([*flags, "--run-dir", "run", "--stop-at", "20"]) == 0
+    assert finetune.main(["--resume", "run"]) == 0
+    (figures,) = finetune_table.read(pathlib.Path("run"))[1]
+    assert figures["val_loss"] < 1.5
+    config, params = hf.load_hf("run/seed-0/best")
+    assert config.param_dtype == "bfloat16"
+    assert figures["parameters"] == sum(x.size for x in jax.tree.leaves(params))
+    assert figures["weights_bytes"] < sum(x.nbytes for x in jax.tree.leaves(params))
+
+
 @pytest.mark.slow
 def test_microbatches_give_the_loss_of_the_whole_batch(model):
     flags = ["--init-from", "model", "--data", "answers.jsonl", "--epochs", "1", "--batch-size"]
@@ -412,6 +440,8 @@ def test_microbatches_give_the_loss_of_the_whole_batch(model):
         (["--target", "nothing"], "--target 'nothing' fits no weight"),
         (["--target", "("], "--target '(' is no regular expression"),
         (["--seeds", "1", "1"], "--seeds 1 1: give each seed once"),
+        (["--recipe", "16gb"], "--recipe 16gb: encoder is a RoBERTa"),
+        (["--param-dtype", "int8"], "--param-dtype int8: codes have no gradient"),
         (["--rank", "1.5"], "--rank is 1.5"),
         (["--batch-size", "500"], "--batch-size 500: there are 180 examples"),
         (["--data", "gone.jsonl"], "gone.jsonl: No such file"),

@@ -194,6 +194,26 @@ def test_a_recipe_for_a_card_is_where_flags_start():
     assert config.stochastic_rounding and config.recipe is None
 
 
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_no_state_is_of_half_precision_because_weights_are(name):
+    """A mean of squares in bfloat16 ceases to move."""
+    if name == "optax_galore":
+        pytest.skip("is Optax's own, as it is")
+    _, params = llama.create(dataclasses.replace(SMALL, param_dtype="bfloat16"), 0)
+    params = jax.eval_shape(lambda: params)
+    apart = {"embedding_learning_rate": 1e-4, "labels": optimizers.labels(params)}
+    for more in ({},) if name == "scale_sgd" else ({}, apart):
+        tx = optimizers.create(name, 1e-3, rank=4, update_proj_gap=2, scale=1.0, **more)
+        state = jax.eval_shape(tx.init, params)
+        kinds = {x.dtype.name for x in jax.tree.leaves(state)}
+        assert not kinds & {"bfloat16", "float16"}
+        assert name.endswith("8bit") or "uint8" not in kinds
+        updates, new = jax.eval_shape(tx.update, params, state, params)
+        assert jax.tree.map(lambda x: x.dtype, (updates, new)) == jax.tree.map(
+            lambda x: x.dtype, (params, state)
+        )
+
+
 # --- The step and the evaluation ---
 
 
