@@ -97,15 +97,17 @@ def setup(config: FinetuneConfig, made: Learner, seed: int, steps: int) -> Setup
         shapes, weights = jax.eval_shape(factorised, shapes), with_factors
         model_of = assembled
         labels = jax.tree_util.tree_map_with_path(lora.label, shapes)
-    adam = (lambda step: method.adam_rate * schedule(step)) if method.adam_rate else None
-    given = {"projector_dtype": config.projector_dtype} if config.projector_dtype else {}
+    given: dict[str, Any] = {}
+    if config.projector_dtype is not None:
+        given["projector_dtype"] = config.projector_dtype
+    if method.adam_rate:
+        given["adam_learning_rate"] = lambda step: method.adam_rate * schedule(step)
     try:
         tx = optimizers.create(
             method.optimizer,
             schedule,
             weight_decay=config.weight_decay,
             clip=None if config.tier == "layerwise" else config.clip or None,
-            embedding_learning_rate=adam,
             labels=labels,
             target=config.target,
             rank=rank,

@@ -139,7 +139,6 @@ class Optimizer(NamedTuple):
     decays: bool = True  # has a weight decay
     in_subspace: bool = False  # needs no more than projected gradients
     of_optax: bool = False  # its states take the weights' dtype
-    own_adam: bool = False  # trains embeddings, head and norms at an `adam_learning_rate`
     whole_stacks: bool = False  # needs the gradient of all layers at once
 
 
@@ -150,7 +149,7 @@ GALORE = (
 _galore = functools.partial(Optimizer, options=GALORE, in_subspace=True)
 _outside = functools.partial(Optimizer, options=GALORE)
 _full = functools.partial(Optimizer, of_optax=True)
-_MUON = tuple(name for name in GALORE if name != "scale")
+_MUON = (*(name for name in GALORE if name != "scale"), "adam_learning_rate")
 _MINI = ("update_proj_gap", "proj_type", "method")
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -168,12 +167,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "galore_sgd": _galore(
         functools.partial(galore_jax.galore_sgd, momentum=0.9), 40.0, decays=False
     ),
-    "galore_muon": Optimizer(galore_jax.galore_muon, 2.0, _MUON, own_adam=True),
+    "galore_muon": Optimizer(galore_jax.galore_muon, 2.0, _MUON),
     "galore_muon8bit": Optimizer(
-        functools.partial(galore_jax.galore_muon, accumulator_dtype="int8"),
-        2.0,
-        _MUON,
-        own_adam=True,
+        functools.partial(galore_jax.galore_muon, accumulator_dtype="int8"), 2.0, _MUON
     ),
     "fira": _outside(galore_jax.fira, 1.0),
     "frugal": _outside(frugal, 1.0),
@@ -220,13 +216,13 @@ def create(
       learning_rate: a float or a schedule.
       weight_decay: decoupled decay, for the optimizers that have one.
       clip: largest global norm of the gradient.
-      embedding_learning_rate: trains embeddings, head and norms with AdamW at a rate of their own,
-        in 8 bits where the optimizer is; by `labels`, unless the optimizer tells them apart itself.
+      embedding_learning_rate: trains embeddings, head and norms with AdamW at a rate of their own;
+        it needs `labels`.
       labels: a tree of `kernel`, `other` and `fixed`, where some weights are fixed or train
         differently; see `labels`.
       target: regular expression for the paths of the kernels that are projected, where not all are.
-      **galore_options: `rank` and the other arguments of `galore_jax.galore`; each optimizer gets
-        those it takes, the full-rank ones none.
+      **galore_options: `rank` and the other arguments of `galore_jax.galore`, and of `galore_muon`
+        the `adam_learning_rate`; each optimizer gets those it takes, the full-rank ones none.
     """
     entry = OPTIMIZERS[name]
     options: dict[str, Any] = {k: v for k, v in galore_options.items() if k in entry.options}
@@ -236,17 +232,13 @@ def create(
         options |= MATRICES
         if target is not None:
             options["exclude"] = f"^(?!.*(?:{target}))"
-    if entry.own_adam and embedding_learning_rate is not None:
-        options["adam_learning_rate"] = embedding_learning_rate
-        embedding_learning_rate = labels = None
     tx = entry.make(learning_rate, **options)
     if entry.of_optax:
         tx = in_float32(tx)
     if labels is not None:
         other = tx
         if embedding_learning_rate is not None:
-            bits = "8bit" if name.endswith("8bit") else ""
-            other = create(f"adamw{bits}", embedding_learning_rate, weight_decay=weight_decay)
+            other = in_float32(optax.adamw(embedding_learning_rate, weight_decay=weight_decay))
         parts: dict[Any, Any] = {"kernel": tx, "other": other, "fixed": optax.set_to_zero()}
         tx = optax.partition(parts, labels)
     # A link either way, so that the state is one tree with and without clipping.
