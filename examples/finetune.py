@@ -206,7 +206,7 @@ def train_once(
 
 
 def loses_small_steps(shapes: dict) -> bool:
-    """Whether weights are in a format that does: bfloat16, or 8-bit codes."""
+    """Whether the format of some weights does: bfloat16, or 8-bit codes."""
     return any(x.dtype in (jnp.bfloat16, jnp.int8) for x in jax.tree.leaves(shapes))
 
 
