@@ -198,9 +198,13 @@ def defaults(args: Sequence[str]) -> FinetuneConfig:
             **{"rank": 0.25, "update_proj_gap": 200, "scale": 2.0, "epochs": 3.0},
             **{"max_length": 1024, "learning_rate": 2e-5, "batch_size": 16},
         )
+    if on_card:
+        settings["max_length"] = 512  # what the memory of a recipe is told for
     settings["learning_rate"] *= method.rate
     settings["scale"] = settings["scale"] if method.shortens else 1.0
     fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
+    if not keeps_projectors(name):
+        fields.remove("projector_dtype")
     settings |= {k: v for k, v in on_card.items() if k in fields}
     parts = [pathlib.Path(given or "").name, known.task, known.method or known.recipe]
     folder = "-".join(filter(None, [*parts, time.strftime("%Y%m%d-%H%M%S")]))
@@ -210,6 +214,11 @@ def defaults(args: Sequence[str]) -> FinetuneConfig:
         method=name,
         **settings,  # type: ignore[arg-type]
     )
+
+
+def keeps_projectors(method: str) -> bool:
+    """Whether `--projector-dtype` says something to a method."""
+    return "projector_dtype" in optimizers.OPTIMIZERS[METHODS[method].optimizer].options
 
 
 def classifies(folder: str) -> bool:
@@ -259,10 +268,20 @@ def check(config: FinetuneConfig) -> None:
             f"--recipe {config.recipe}: {config.init_from} is a RoBERTa, which is small. Leave it"
             " out, or give a model that answers."
         )
+    if config.recipe and config.method == "lora":
+        raise UserError(
+            f"--recipe {config.recipe}: --method lora trains factors beside whole weights, in no"
+            " lower tier. Leave one of them out."
+        )
     if config.scale != 1 and config.method not in SCALED:
         raise UserError(
             f"--scale {config.scale}: --method {config.method} has no use for it. Leave it out, or"
             f" give one of {', '.join(SCALED)}."
+        )
+    if config.projector_dtype and not keeps_projectors(config.method):
+        raise UserError(
+            f"--projector-dtype {config.projector_dtype}: --method {config.method} keeps no"
+            " projectors. Leave it out, or give another --method, such as galore8bit."
         )
     if len(config.columns) > 2:
         raise UserError(f"--columns {' '.join(config.columns)}: give one or two.")

@@ -1,7 +1,7 @@
 """Finished fine-tunings side by side: `python -m examples.finetune_table RUN...`.
 
-As the paper's table of GLUE: a row for each method and rank, a column for each task, the mean over
-seeds and its spread, and what weights and optimizer state take.
+As the paper's table of GLUE: a row for each method, its number formats and rank, a column for each
+task, the mean over seeds and its spread, and what weights and optimizer state take.
 """
 
 import json
@@ -44,7 +44,9 @@ def table(folders: Sequence[pathlib.Path]) -> str:
         name = config.task or ", ".join(pathlib.Path(x).stem for x in config.data)
         column = f"{name} ({metric})"
         model = pathlib.Path(config.init_from).name
-        row = rows.setdefault((model, config.method, rank), {})
+        projectors = config.projector_dtype and f"{config.projector_dtype} projectors"
+        how = ", ".join(filter(None, (config.method, config.param_dtype, projectors)))
+        row = rows.setdefault((model, how, rank), {})
         # Shares as percentages, as the paper has them; a loss as it is.
         row[column] = of_seeds(
             [x[f"val_{metric}"] for x in figures], 1 if metric == "loss" else 100

@@ -26,7 +26,7 @@ from examples import (
 from examples import tokenizer as bpe
 from examples.errors import UserError
 from examples.finetune_config import FinetuneConfig, classifies
-from examples.modules import from_graph, stored
+from examples.modules import from_graph, loaded, stored
 
 
 class Learner(NamedTuple):
@@ -118,7 +118,7 @@ def _classification(config: FinetuneConfig) -> Learner:
         made = hf_roberta.load_hf(
             config.init_from, model_config.param_dtype, labels=len(task.labels), seed=seed
         )
-        return stored(made[1], config.param_dtype)
+        return loaded(made[1], config.param_dtype)
 
     def save(folder: pathlib.Path, params: dict) -> None:
         hf_roberta.save_hf(folder, model_config, params)
@@ -187,7 +187,7 @@ def _answers(config: FinetuneConfig) -> Learner:
     def weights(seed: int) -> dict:
         del seed
         params = hf.load_hf(config.init_from, model_config.param_dtype)[1]
-        return stored(params, config.param_dtype)
+        return loaded(params, config.param_dtype)
 
     def save(folder: pathlib.Path, params: dict) -> None:
         hf.save_hf(folder, model_config, params)

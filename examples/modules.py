@@ -115,6 +115,24 @@ def stored(params: dict, param_dtype: str | None) -> dict:
     return galore_jax.quantize_weights(params, weight_dimension_numbers=galore_jax.matrix_axes)
 
 
+def loaded(params: dict, param_dtype: str | None) -> dict:
+    """The same of parameters in the host's memory, leaf by leaf.
+
+    What is whole on the device, before it is in codes, is one leaf then.
+    """
+
+    def flat(tree):
+        return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, galore_jax.Int8Weight))
+
+    wanted, treedef = flat(jax.eval_shape(lambda: stored(params, param_dtype)))
+    return treedef.unflatten(
+        jax.block_until_ready(galore_jax.Int8Weight.of(x))
+        if isinstance(shape, galore_jax.Int8Weight)
+        else x
+        for shape, x in zip(wanted, jax.tree.leaves(params), strict=True)
+    )
+
+
 def size(params: dict) -> int:
     """Numbers in a tree of parameters, or of their shapes, in codes or not."""
     whole = jax.eval_shape(galore_jax.dequantize_weights, params)

@@ -37,8 +37,8 @@ def galore_lion8bit(
     return galore_jax.galore(inner, **galore_options)
 
 
-def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer of Optax's with states and arithmetic in float32, whatever the weights are in.
+def with_float32_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer of Optax's with states and arithmetic in float32, as galore_jax's own have them.
 
     Left to itself it takes the weights' dtype: in bfloat16 a mean of squares ceases to move where
     one step is less than a 256th of it, and at b2 = 0.999 that is soon.
@@ -182,7 +182,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "foam": Optimizer(functools.partial(galore_jax.foam, **MATRICES), 0.25),
     "racs": Optimizer(functools.partial(galore_jax.racs, **MATRICES), 2.0),
-    "optax_galore": Optimizer(
+    "optax_galore": _full(
         optax_galore, 1.0, ("rank", "update_proj_gap", "scale"), whole_stacks=True
     ),
     "adamw": _full(optax.adamw, 0.25),
@@ -234,11 +234,13 @@ def create(
             options["exclude"] = f"^(?!.*(?:{target}))"
     tx = entry.make(learning_rate, **options)
     if entry.of_optax:
-        tx = in_float32(tx)
+        tx = with_float32_state(tx)
     if labels is not None:
         other = tx
         if embedding_learning_rate is not None:
-            other = in_float32(optax.adamw(embedding_learning_rate, weight_decay=weight_decay))
+            other = with_float32_state(
+                optax.adamw(embedding_learning_rate, weight_decay=weight_decay)
+            )
         parts: dict[Any, Any] = {"kernel": tx, "other": other, "fixed": optax.set_to_zero()}
         tx = optax.partition(parts, labels)
     # A link either way, so that the state is one tree with and without clipping.

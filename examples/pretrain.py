@@ -125,7 +125,7 @@ def setup(config: Config) -> Setup:
     given, dtype = config.init_from, model_config(config).param_dtype
 
     def weights() -> dict:
-        return modules.stored(hf.load_hf(str(given), dtype)[1], config.param_dtype)
+        return modules.loaded(hf.load_hf(str(given), dtype)[1], config.param_dtype)
 
     return Setup(model_of, init, tx, schedule, weights=weights if given else None)
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import optax
 
+from galore_jax.optimizers.wrap import chained
+from galore_jax.precision import takes_any
+
 _optax_chain = optax.chain
 
 
@@ -66,10 +69,16 @@ def chain(*args: optax.GradientTransformation) -> optax.GradientTransformationEx
             )
         if any(isinstance(r, Mark) for r in rest):
             raise ValueError("chain: two bare galore(...) links; the gradient is projected once")
-        # One link stays bare: the state is then the same as the wrapper's.
-        inner = rest[0] if len(rest) == 1 else _optax_chain(*rest)
-        return _optax_chain(*args[:i], link.around(inner))
+        return _optax_chain(*args[:i], link.around(_together(rest)))
     return _optax_chain(*args)
+
+
+def _together(links: tuple[optax.GradientTransformation, ...]) -> optax.GradientTransformation:
+    """What runs in the subspace. One link stays bare: its state is then the wrapper's."""
+    if len(links) == 1:
+        return links[0]
+    # Those that take any dtype are then spared float32 copies in whatever chain they begin.
+    return chained(*links) if takes_any(links[0]) else _optax_chain(*links)
 
 
 def install() -> None:

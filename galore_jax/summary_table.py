@@ -109,8 +109,9 @@ def summary(
     weights, of the projector and of the inner state; and `full`, the bytes that the same inner
     optimizer would keep without GaLore. What else the optimizer keeps, such as accumulated
     gradients or moments of leaves that go another way, is under `(other)`. An optimizer without
-    either, such as `optax.adamw` or `muon8bit`, has rows of what it keeps for each leaf. All of it
-    is computed from shapes, so a 7B model can be summarised on a laptop.
+    either, such as `optax.adamw` or `muon8bit`, has rows of what it keeps for each leaf, and steps
+    with full gradients alone. All of it is computed from shapes, so a 7B model can be summarised on
+    a laptop.
 
     Then an estimate of what a training step holds, for gradients in full (`jax.value_and_grad`),
     in the subspace (`galore_jax.value_and_grad`) and layer by layer
@@ -155,7 +156,7 @@ def summary(
     """
     with warnings.catch_warnings():  # the table says what init would warn of
         warnings.simplefilter("ignore", UserWarning)
-        state = jax.eval_shape(tx.init, params)
+        state = jax.eval_shape(lambda p: tx.init(dequantize_weights(p)), params)
     whole = jax.eval_shape(dequantize_weights, params)
     told = ask(tx, whole, state)
     rows = []
@@ -168,7 +169,7 @@ def summary(
         other += rest
         other_full += rest_full
     if not told:
-        rows, other = _rows_without(tx, state, whole)
+        rows, other = _rows_without(tx, unboxed(whole))
         other_full = other
     steps = _steps(tx, rows, told, state, params, whole, loss_fn, args)
     spared = _spared(params)
@@ -258,9 +259,21 @@ def _rows(answer: Answer, state: GaLoreState) -> tuple[list[Row], int, int]:
     return rows, rest, rest_full
 
 
-def _rows_without(tx: Any, state: Any, params: Any) -> tuple[list[Row], int]:
+def _rows_without(tx: Any, params: Any) -> tuple[list[Row], int]:
     """The same for an optimizer that has no galore in it."""
-    kept, rest = _state_bytes(tx.init, state, params)
+
+    def accumulates(x):
+        return isinstance(x, optax.MultiStepsState)
+
+    def init(params):  # but for accumulated gradients, which belong to no leaf in any table
+        return jax.tree.map(
+            lambda x: x._replace(acc_grads=()) if accumulates(x) else x,
+            tx.init(params),
+            is_leaf=accumulates,
+        )
+
+    kept, _ = _state_bytes(init, jax.eval_shape(init, params), params)
+    rest = _nbytes(jax.eval_shape(tx.init, params)) - sum(kept.values())
     rows = []
     for i, (path, w) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         name, size = path_string(path) or "(params)", kept.get(i, 0)

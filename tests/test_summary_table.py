@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 import galore_jax
 from galore_jax.quantize import Encoded
@@ -156,6 +158,31 @@ def test_optimizers_without_a_subspace_have_rows_to_compare(name):
     assert table.total.state == nbytes(jax.eval_shape(tx.init, params))
     assert [step.tier for step in table.steps] == ["full"] and table.fits(1) == ("full",)
     assert "without GaLore" not in str(table) and "of the weights' bytes" in str(table)
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_rows_are_the_same_in_boxes_in_codes_and_under_accumulation(name):
+    tx, stack = MOMENTS[name]
+    arrays = params_like(SHAPES)
+    plain = galore_jax.summary(tx, arrays)
+    boxes = {
+        "nnx": nnx.State({k: nnx.Param(x) for k, x in arrays.items()}),
+        "linen": {k: nn.Partitioned(x, names=(None,) * x.ndim) for k, x in arrays.items()},
+    }
+    for boxed in boxes.values():
+        assert galore_jax.summary(tx, boxed).rows == plain.rows
+
+    codes = galore_jax.quantize_weights(arrays, **STACKS)
+    for given in (codes, nnx.State({k: nnx.Param(x) for k, x in codes.items()})):
+        table = galore_jax.summary(tx, given)
+        assert [row.path for row in table.rows] == [row.path for row in plain.rows]
+        assert table.total.weights == nbytes(codes) and table.rows[-1].weights == 0
+        assert table.total.state == plain.total.state
+
+    steps = optax.MultiSteps(tx, 4)
+    rows = {row.path: row for row in galore_jax.summary(steps, arrays).rows}
+    assert rows["stack"].inner_state == stack
+    assert rows["(other)"].state >= nbytes(arrays)
 
 
 def test_a_single_array():

@@ -31,14 +31,18 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 def with_rate(
     tx: optax.GradientTransformation, rate: optax.ScalarOrSchedule, decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Decoupled decay behind a transformation, and the learning rate behind both, in float32.
+    """Decoupled decay behind a transformation, and the learning rate behind both, in float32."""
+    return chained(tx, optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate))
 
-    The state is that of a chain of the three.
+
+def chained(
+    tx: optax.GradientTransformation, *links: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """A chain, with the state of one, whose links behind the first compute in float32.
+
+    It takes arrays of any dtype if the first one does.
     """
-    tx = optax.with_extra_args_support(tx)
-    step = in_float32(
-        optax.chain(optax.add_decayed_weights(decay, mask), optax.scale_by_learning_rate(rate))
-    )
+    tx, step = optax.with_extra_args_support(tx), in_float32(optax.chain(*links))
 
     def init_fn(params):
         after: Any = step.init(params)
@@ -48,7 +52,7 @@ def with_rate(
         after: Any
         first, *after = state
         updates, first = tx.update(updates, first, params, **extra_args)
-        updates, after = step.update(updates, tuple(after), params)
+        updates, after = step.update(updates, tuple(after), params, **extra_args)
         return updates, (first, *after)
 
     made = transformation(init_fn, update_fn)

@@ -403,6 +403,10 @@ def test_a_recipe_for_a_card_is_where_flags_start(model):
     assert (config.method, config.rank, config.scale) == ("galore_muon8bit", 1 / 8, 1.0)
     assert (config.param_dtype, config.batch_size) == ("int8", 2)
     assert parsed("--recipe", "16gb", "--method", "galore8bit").scale == 2.0
+    assert parsed("--recipe", "24gb", "--method", "apollo").projector_dtype is None
+    assert (config.max_length, parsed("--method", "full").max_length) == (512, 1024)
+    with pytest.raises(UserError, match="--recipe 12gb: --method lora"):
+        parsed("--recipe", "12gb", "--method", "lora")
 
 
 @pytest.mark.slow
@@ -441,6 +445,11 @@ def test_microbatches_give_the_loss_of_the_whole_batch(model):
         (["--target", "("], "--target '(' is no regular expression"),
         (["--seeds", "1", "1"], "--seeds 1 1: give each seed once"),
         (["--recipe", "16gb"], "--recipe 16gb: encoder is a RoBERTa"),
+        (["--recipe", "12gb", "--method", "lora"], "--recipe 12gb: encoder is a RoBERTa"),
+        (
+            ["--method", "full", "--projector-dtype", "int8"],
+            "--projector-dtype int8: --method full",
+        ),
         (["--param-dtype", "int8"], "--param-dtype int8: codes have no gradient"),
         (["--rank", "1.5"], "--rank is 1.5"),
         (["--batch-size", "500"], "--batch-size 500: there are 180 examples"),

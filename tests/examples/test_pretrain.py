@@ -197,8 +197,6 @@ def test_a_recipe_for_a_card_is_where_flags_start():
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_no_state_is_of_half_precision_because_weights_are(name):
     """A mean of squares in bfloat16 ceases to move."""
-    if name == "optax_galore":
-        pytest.skip("is Optax's own, as it is")
     _, params = llama.create(dataclasses.replace(SMALL, param_dtype="bfloat16"), 0)
     params = jax.eval_shape(lambda: params)
     apart = {"embedding_learning_rate": 1e-4, "labels": optimizers.labels(params)}

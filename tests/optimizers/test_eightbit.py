@@ -271,6 +271,9 @@ def test_no_full_float32_moments(make, shape, monkeypatch):
         lambda: galore_jax.galore_adamw8bit(1e-3, rank=4),
         lambda: galore_jax.chain(galore_jax.galore(rank=4), adamw8bit(1e-3)),
         lambda: galore_jax.galore(scale_by_lion8bit(), rank=4),
+        lambda: galore_jax.chain(
+            galore_jax.galore(rank=4), scale_by_adam8bit(), optax.scale_by_learning_rate(1e-3)
+        ),
         lambda: galore_jax.scale_by_apollo(scale_by_adam8bit(), rank=4),
     ],
 )
@@ -287,6 +290,29 @@ def test_no_float32_copy_of_an_embedding(make, monkeypatch):
     compiled = step.lower(params, jax.eval_shape(tx.init, params), params).compile()
     copy = 4 * 50_000 * 256
     assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * copy
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("make", [adamw8bit, lion8bit])
+def test_galore_around_gives_what_it_leaves_alone_the_same_update(make, dtype):
+    """Within a rounding of their dtype, as the direction is rounded before rate and decay are."""
+    params = params_like({"embedding": (100, 64), "kernel": (32, 64)})
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    alone, around = (
+        make(1e-2, weight_decay=0.1),
+        galore_jax.galore(make(1e-2, weight_decay=0.1), rank=4),
+    )
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    state, want_state = around.init(params), alone.init(wide)
+    for seed in range(3):
+        grads = jax.tree.map(lambda x: x.astype(dtype), grads_like(params, seed))
+        updates, state = around.update(grads, state, params)
+        as_wide = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+        want, want_state = alone.update(as_wide, want_state, wide)
+        got, eps = updates["embedding"], 3 * float(jnp.finfo(dtype).eps)
+        assert got.dtype == dtype
+        got = np.asarray(got, np.float32)
+        np.testing.assert_allclose(got, want["embedding"], rtol=eps, atol=1e-2 * eps)
 
 
 @pytest.mark.parametrize("shape", [(300, 40), (40, 300), (37, 300), (2, 60, 300), (2, 3, 300, 41)])
