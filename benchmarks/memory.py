@@ -118,13 +118,10 @@ def units(parts: dict[str, int], weights: int) -> dict[str, float]:
     return {name: size / weights for name, size in parts.items()}
 
 
-def estimate(problem, tier, tx) -> int | None:
-    """Bytes of a step by `galore_jax.summary`, None without GaLore in it."""
+def estimate(problem, tier, tx) -> int:
+    """Bytes of a step by `galore_jax.summary`."""
     tokens = jax.ShapeDtypeStruct((1, LENGTH + 1), jnp.int32)
-    try:
-        found = galore_jax.summary(tx, problem.params, problem.loss, tokens)
-    except ValueError:
-        return None
+    found = galore_jax.summary(tx, problem.params, problem.loss, tokens)
     return next(step.total for step in found.steps if step.tier == tier)
 
 
@@ -137,8 +134,7 @@ def model_figures(name: str, config: llama.LlamaConfig, recipes: Iterable[str]) 
     for recipe in recipes:
         tier, optimizer, programs = RECIPES[recipe]
         tx = optimizer(rank)
-        if estimated := estimate(problem, tier, tx):
-            estimates[recipe] = estimated / weights
+        estimates[recipe] = estimate(problem, tier, tx) / weights
         for refresh in programs:
             parts = steps.memory(program(problem, tier, tx, LENGTH, refresh))
             branch = "with refresh" if refresh else "plain"
