@@ -293,7 +293,6 @@ def quality(found):
 
 @of("quality_man")
 @of("quality_batch4", name="quality_batch4")
-@of("quality_batch16", name="quality_batch16")
 @of("quality_large", name="quality_large")
 def quality_man(found):
     titles = {name: re.sub(", T = .*", "", shown) for name, shown in QUALITY.items()}
@@ -303,6 +302,17 @@ def quality_man(found):
         losses = ", ".join(number(x, ".3f") for x in row["losses"])
         state = number(row["state_of_kernels"], unit=1e6)
         yield title(name, titles), losses, number(row["perplexity"]), state
+
+
+@of("quality_batch16", name="quality_batch16")
+def quality_tuned(found):
+    """The same, where each has a rate of its own: of how many."""
+    rates = [
+        f"{row['learning_rate']:g} of {len(row['tuning_losses'])}"
+        for _, row in _by_loss(found["methods"])
+    ]
+    for row, rate in zip(quality_man(found), ("rate", *rates), strict=True):
+        yield *row, rate
 
 
 @of("muon")
