@@ -115,20 +115,23 @@ def stored(params: dict, param_dtype: str | None) -> dict:
     return galore_jax.quantize_weights(params, weight_dimension_numbers=galore_jax.matrix_axes)
 
 
+def is_coded(x: Any) -> bool:
+    """Whether a node of a tree of parameters is a weight in codes."""
+    return isinstance(x, galore_jax.Int8Weight)
+
+
+def _flat(tree: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree, is_leaf=is_coded)
+
+
 def loaded(params: dict, param_dtype: str | None) -> dict:
     """The same of parameters in the host's memory, leaf by leaf.
 
     What is whole on the device, before it is in codes, is one leaf then.
     """
-
-    def flat(tree):
-        return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, galore_jax.Int8Weight))
-
-    wanted, treedef = flat(jax.eval_shape(lambda: stored(params, param_dtype)))
+    wanted, treedef = _flat(jax.eval_shape(lambda: stored(params, param_dtype)))
     return treedef.unflatten(
-        jax.block_until_ready(galore_jax.Int8Weight.of(x))
-        if isinstance(shape, galore_jax.Int8Weight)
-        else x
+        jax.block_until_ready(galore_jax.Int8Weight.of(x)) if is_coded(shape) else x
         for shape, x in zip(wanted, jax.tree.leaves(params), strict=True)
     )
 
@@ -145,13 +148,10 @@ def leaf_by_leaf(make: Callable[[], Any]) -> Callable[[], Any]:
     What making one takes, such as a weight before it is in codes, exists once then.
     """
 
-    def flat(tree):
-        return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, galore_jax.Int8Weight))
-
     def init():
-        shapes, treedef = flat(jax.eval_shape(make))
+        shapes, treedef = _flat(jax.eval_shape(make))
         return treedef.unflatten(
-            jax.block_until_ready(jax.jit(lambda i=i: flat(make())[0][i])())
+            jax.block_until_ready(jax.jit(lambda i=i: _flat(make())[0][i])())
             for i in range(len(shapes))
         )
 

@@ -41,7 +41,8 @@ def with_float32_state(tx: optax.GradientTransformation) -> optax.GradientTransf
     """An optimizer of Optax's with states and arithmetic in float32, as galore_jax's own have them.
 
     Left to itself it takes the weights' dtype: in bfloat16 a mean of squares ceases to move where
-    one step is less than a 256th of it, and at b2 = 0.999 that is soon.
+    one step is less than a 256th of it, and at b2 = 0.999 that is soon. (What galore_jax has for
+    itself is no part of its interface.)
     """
 
     def wide(tree):

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from galore_jax.optimizers.wrap import chained
-from galore_jax.precision import takes_any
+from galore_jax.precision import computes_wide
 
 _optax_chain = optax.chain
 
@@ -78,7 +78,7 @@ def _together(links: tuple[optax.GradientTransformation, ...]) -> optax.Gradient
     if len(links) == 1:
         return links[0]
     # Those that take any dtype are then spared float32 copies in whatever chain they begin.
-    return chained(*links) if takes_any(links[0]) else _optax_chain(*links)
+    return chained(*links) if computes_wide(links[0]) else _optax_chain(*links)
 
 
 def install() -> None:

@@ -24,24 +24,24 @@ def wide(x: jax.typing.ArrayLike) -> jax.Array:
     return x.astype(wide_dtype(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
-def marked_any(tx: Any) -> Any:
-    """Mark a transformation that computes in float32 whatever dtype it is given.
+def mark_wide(tx: Any) -> Any:
+    """Mark a transformation that computes in float32 whatever dtype it is given; returns it.
 
     `galore` then hands it what it does not project as it is: a float32 copy of an embedding in
     half precision would be the largest array of a step.
     """
-    tx.update.takes_any = True
+    tx.update.computes_wide = True
     return tx
 
 
-def takes_any(tx: Any) -> bool:
+def computes_wide(tx: Any) -> bool:
     """Whether a transformation is marked so."""
-    return getattr(tx.update, "takes_any", False)
+    return getattr(tx.update, "computes_wide", False)
 
 
-def as_taken(tx: Any) -> Callable[[Any], Any]:
-    """What makes an array fit for a transformation: `wide`, unless it takes any."""
-    return (lambda x: x) if takes_any(tx) else wide
+def widened_for(tx: Any) -> Callable[[Any], Any]:
+    """What makes arrays fit for a transformation: `wide`, or nothing where it is marked."""
+    return (lambda x: x) if computes_wide(tx) else wide
 
 
 def debias(decay: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> jax.Array:

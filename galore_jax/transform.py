@@ -23,7 +23,7 @@ from galore_jax.inner.moments import check as check_moments
 from galore_jax.inner.residual import init_outside, update_outside
 from galore_jax.matrix.plan import sites, warn_about
 from galore_jax.matrix.trees import Sites, bare
-from galore_jax.precision import as_taken, wide
+from galore_jax.precision import wide, widened_for
 from galore_jax.projector.gradient import is_projected, received
 from galore_jax.projector.lazy import next_turns
 from galore_jax.projector.project import low_rank
@@ -248,11 +248,11 @@ def _update(settings: Settings, inner, updates, state, params, call: Call, extra
 
     # Project. The inner optimizer meets zeros in the place of projected weights.
     projected = [low_rank(*x) for x in zip(views, now.stored, grads, strict=True)]
-    taken = as_taken(inner)
-    low_grads, zeros = where.put(projected, updates, taken), _zeros(where)
+    fit = widened_for(inner)
+    low_grads, zeros = where.put(projected, updates, fit), _zeros(where)
 
     def next_inner(inner_state, low_params):
-        p = None if params is None else where.put(low_params, params, taken)
+        p = None if params is None else where.put(low_params, params, fit)
         return inner.update(low_grads, inner_state, p, **extra_args)
 
     # Carry the moments over.

@@ -33,6 +33,24 @@ def test_everything_after_the_mark_runs_in_the_subspace():
     jax.tree.map(np.testing.assert_array_equal, train(linked, params, 3), train(wrapped, params, 3))
 
 
+def test_a_chain_that_begins_with_8_bit_moments_is_the_wrapper_too():
+    """Its links are another function's, for the sake of embeddings in half precision."""
+    params = params_like({"kernel": (64, 96), "embedding": (100, 64)})
+    links = (
+        galore_jax.scale_by_adam8bit(),
+        optax.add_decayed_weights(0.1),
+        optax.scale_by_learning_rate(lambda step: 1e-2 / (step + 1)),
+    )
+    linked = optax.chain(galore_jax.galore(rank=4), *links)
+    wrapped = galore_jax.galore(optax.transforms.chain(*links), rank=4)
+    (state,), want = linked.init(params), wrapped.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(want)
+    for a, b in zip(
+        *(jax.tree.leaves(train(x, params, 3)) for x in (linked, wrapped)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_a_chain_in_a_chain_marks_its_own_links():
     params = params_like(SHAPES)
     low = optax.chain(galore_jax.galore(rank=4), optax.scale_by_adam())

@@ -21,7 +21,7 @@ from galore_jax.matrix.plan import sites, warn_about
 from galore_jax.matrix.trees import Sites
 from galore_jax.matrix.view import MatrixView
 from galore_jax.optimizers.wrap import with_rate
-from galore_jax.precision import as_taken, wide
+from galore_jax.precision import wide, widened_for
 from galore_jax.projector.basis import methods as read_methods
 from galore_jax.projector.project import project
 from galore_jax.projector.refresh import refresh, seed_of
@@ -141,7 +141,7 @@ def scale_by_apollo(
         bases, steps = projectors(where, grads, state, galore or Call())
         low = [project(*x) for x in zip(views, bases, grads, strict=True)]
         out, inner_state = inner_tx.update(
-            where.put(low, updates, as_taken(inner_tx)), state.inner_state, None, **extra_args
+            where.put(low, updates, widened_for(inner_tx)), state.inner_state, None, **extra_args
         )
         scaled = [
             view.to_matrix(g).astype(view.dtype) * factors(view, new, r)

@@ -14,7 +14,7 @@ import optax
 
 from galore_jax.boundary import transformation
 from galore_jax.optimizers.blockwise import check_state, init_moments, update_moments
-from galore_jax.precision import debias, marked_any
+from galore_jax.precision import debias, mark_wide
 from galore_jax.quantize import DYNAMIC, DYNAMIC_UNSIGNED
 
 
@@ -123,7 +123,7 @@ def scale_by_adam8bit(
         )
         return updates, ScaleByAdam8bitState(count, *moments, *scales)
 
-    return marked_any(transformation(init_fn, update_fn))
+    return mark_wide(transformation(init_fn, update_fn))
 
 
 def scale_by_lion8bit(
@@ -176,7 +176,7 @@ def scale_by_lion8bit(
         )
         return updates, ScaleByLion8bitState(count, *moments, *scales)
 
-    return marked_any(transformation(init_fn, update_fn))
+    return mark_wide(transformation(init_fn, update_fn))
 
 
 def trace8bit(
@@ -231,7 +231,7 @@ def trace8bit(
         )
         return updates, Trace8bitState(count, *moments, *scales)
 
-    return marked_any(transformation(init_fn, update_fn))
+    return mark_wide(transformation(init_fn, update_fn))
 
 
 def _adam(rates, g, m, v):

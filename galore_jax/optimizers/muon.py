@@ -27,7 +27,7 @@ from galore_jax.transform import galore
 
 # Odd polynomials a s + b s^3 + c s^5, one after the other: each has the least largest distance from
 # one on the interval that the one before maps to, the first on 0.005 to 1 (Polar Express). Three
-# of them, on 0.02 to 1, learn as much from small batches, but less from large ones.
+# of them, on 0.02 to 1, learn as much from small batches, but at one rate less from large ones.
 _POLYNOMIALS = (
     (8.2987, -24.4305, 18.0903),
     (3.9152, -2.9211, 0.5592),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.boundary import transformation
-from galore_jax.precision import marked_any, takes_any, wide
+from galore_jax.precision import computes_wide, mark_wide, wide
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -25,7 +25,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def init_fn(params):
         return tx.init(jax.tree.map(wide, params))
 
-    return marked_any(transformation(init_fn, update_fn))
+    return mark_wide(transformation(init_fn, update_fn))
 
 
 def with_rate(
@@ -40,7 +40,7 @@ def chained(
 ) -> optax.GradientTransformationExtraArgs:
     """A chain, with the state of one, whose links behind the first compute in float32.
 
-    It takes arrays of any dtype if the first one does.
+    It is marked as computing in float32 if the first one is.
     """
     tx, step = optax.with_extra_args_support(tx), in_float32(optax.chain(*links))
 
@@ -56,4 +56,4 @@ def chained(
         return updates, (first, *after)
 
     made = transformation(init_fn, update_fn)
-    return marked_any(made) if takes_any(tx) else made
+    return mark_wide(made) if computes_wide(tx) else made
